@@ -1,0 +1,167 @@
+"""Dialogues, preferences and civility labels: read, check, group.
+
+Every reader checks what it read and names the file, the row and the column of the first thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from utils.lab import ROOT, LabError
+
+DATA = ROOT / "data"
+DIALOGUE_COLUMNS = ("id", "dialogue", "summary", "topic")
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "dev", "val"), "test": ("test",)}
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+class DataError(LabError):
+    """A data file is missing or holds something that cannot be used."""
+
+
+def load_dialogues(source: str | os.PathLike = DATA / "dialogues", split: str = "train") -> Dataset:
+    """Dialogues with their summaries, one row a reference summary.
+
+    `source` is a JSONL, CSV or Parquet file, a folder that holds one such file a split, or a Hub id; `split` is
+    `"train"`, `"validation"` or `"test"`. The columns are those of `knkarthick/dialogsum`: `id`, `dialogue`,
+    `summary`, `topic`, all strings; further columns are kept. A set with several references for a dialogue repeats
+    the dialogue, as DialogSum does: `by_dialogue` groups them. Raises `DataError`.
+    """
+    rows, where = _read(source, split)
+    for row in rows:
+        if "id" not in row and "fname" in row:  # the name in DialogSum's own release
+            row["id"] = row.pop("fname")
+    return Dataset.from_list(_checked(rows, where, DIALOGUE_COLUMNS, unique="id"))
+
+
+def by_dialogue(rows: Dataset | Iterable[dict]) -> Dataset:
+    """One row a dialogue, with its summaries as the list `references`; other columns from its first row.
+
+    Counting rows instead of dialogues makes a test set look larger than it is: DialogSum's test split has 1,500 rows
+    and 500 dialogues.
+    """
+    groups: dict[str, dict] = {}
+    for row in rows:
+        first = groups.setdefault(row["dialogue"], {**row, "references": [], "civil_references": []})
+        first["references"].append(row["summary"])
+        first["civil_references"].append(row.get("civil_summary") or row["summary"])
+    return Dataset.from_list([{k: v for k, v in row.items() if "summary" not in k} for row in groups.values()])
+
+
+def load_preferences(source: str | os.PathLike = DATA / "preferences", split: str = "train") -> Dataset:
+    """Pairs of summaries of a dialogue: `id`, `dialogue_id`, `chosen`, `rejected`, `flaw`. Raises `DataError`."""
+    rows, where = _read(source, split)
+    return Dataset.from_list(_checked(rows, where, ("id", "dialogue_id", "chosen", "rejected", "flaw"), unique="id"))
+
+
+def load_civility(source: str | os.PathLike = DATA / "civility.jsonl") -> Dataset:
+    """Single sentences with `text` and `label` (`"civil"` or `"hostile"`). Raises `DataError`."""
+    rows, where = _read(source, "train")
+    rows = _checked(rows, where, ("text", "label"), unique="text")
+    for number, row in enumerate(rows, 1):
+        if row["label"] not in ("civil", "hostile"):
+            raise DataError(f"{where}, row {number}, column 'label': {row['label']!r} is neither 'civil' nor 'hostile'.")
+    return Dataset.from_list(rows)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read(source: str | os.PathLike, split: str) -> tuple[list[dict], str]:
+    """Rows of a file, of a folder's file for `split`, or of a Hub data set; and the name to use in messages."""
+    if split not in SPLIT_NAMES:
+        raise DataError(f"There is no split {split!r}: choose one of {', '.join(SPLIT_NAMES)}.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [path / (name + suffix) for name in SPLIT_NAMES[split] for suffix in SUFFIXES]
+        existing = [file for file in found if file.is_file()]
+        if not existing:
+            raise DataError(f"The folder {path} has no {found[0].name} (nor .csv, .parquet) for the split {split!r}.")
+        path = existing[0]
+    if path.is_file():
+        return _read_file(path), str(path)
+    if path.suffix in SUFFIXES or path.is_absolute() or len(path.parts) > 2:
+        raise DataError(f"The data file {path} does not exist: check the path.")
+    return _read_hub(os.fspath(source), split), f"{source} ({split})"
+
+
+def _read_file(path: Path) -> list[dict]:
+    try:
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path)
+        if path.suffix == ".csv":
+            with open(path, encoding="utf-8", newline="") as file:
+                return [_without_overflow(row, path, n) for n, row in enumerate(csv.DictReader(file), 1)]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except Exception as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}).") from error
+    raise DataError(f"{path} is neither {', '.join(SUFFIXES)}: convert it to one of these.")
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos}).") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, row {number}: a JSON {type(row).__name__} where an object is expected.")
+            rows.append(row)
+    return rows
+
+
+def _without_overflow(row: dict, path: Path, number: int) -> dict:
+    if None in row or None in row.values():
+        raise DataError(f"{path}, row {number}: it does not have as many fields as the header (an unquoted comma?).")
+    return row
+
+
+def _read_hub(name: str, split: str) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split).to_list()
+    except Exception as error:
+        raise DataError(
+            f"No data set {name!r}: it is not a file, not a folder, and not on the Hub ({type(error).__name__}); "
+            f"the project's own is {DATA / 'dialogues'}."
+        ) from error
+
+
+def _checked(rows: list[dict], where: str, columns: Sequence[str], *, unique: str) -> list[dict]:
+    """Return `rows`, or raise `DataError` at the first row that lacks a column, a value or a new `unique` value."""
+    if not rows:
+        raise DataError(f"{where} has no rows.")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if column not in row:
+                raise DataError(f"{where}, row {number}: no column {column!r} (it has {', '.join(map(str, row))}).")
+            value = row[column]
+            if not isinstance(value, str) or not value.strip():
+                raise DataError(f"{where}, row {number}, column {column!r}: text expected, found {value!r}.")
+        if row[unique] in seen:
+            raise DataError(
+                f"{where}, row {number}, column {unique!r}: {row[unique]!r} stands in row {seen[row[unique]]} already."
+            )
+        seen[row[unique]] = number
+    return rows

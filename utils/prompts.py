@@ -1,0 +1,81 @@
+"""Prompts: templates, worked examples (shots), the chat format, and the label mask for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from utils.lab import LabError
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+TEMPLATES = {
+    "bare": "{dialogue}",
+    "instruction": "Summarize the following conversation in one or two sentences.\n\n{dialogue}",
+    "question": "{dialogue}\n\nWhat was this conversation about? Answer in one or two sentences.",
+    "completion": "Conversation:\n{dialogue}\n\nSummary:",
+}
+
+
+def summary_prompt(
+    dialogue: str, shots: Sequence[tuple[str, str]] = (), template: str = "instruction", model_turns: bool = True
+) -> list[dict[str, str]]:
+    """Chat messages that ask for a summary, after worked examples `(dialogue, summary)`.
+
+    With `model_turns` each shot is a question of the user and an answer of the assistant; without, the shots stand in
+    one message. Raises `LabError` on an unknown template.
+    """
+    if template not in TEMPLATES:
+        raise LabError(f"There is no prompt template {template!r}: choose one of {', '.join(TEMPLATES)}.")
+    ask = TEMPLATES[template].format
+    if not model_turns:
+        solved = "".join(f"{ask(dialogue=d)}\n\nSummary: {s}\n\n" for d, s in shots)
+        return [{"role": "user", "content": f"{solved}{ask(dialogue=dialogue)}\n\nSummary:" if shots else ask(dialogue=dialogue)}]
+    messages = []
+    for shot_dialogue, shot_summary in shots:
+        messages.append({"role": "user", "content": ask(dialogue=shot_dialogue)})
+        messages.append({"role": "assistant", "content": shot_summary})
+    return [*messages, {"role": "user", "content": ask(dialogue=dialogue)}]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+    """The text the model reads: the chat template applied, or plain text for a model that has none.
+
+    A string stands as it is; write chat messages where the model should see its chat format.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return "\n\n".join(message["content"] for message in prompt)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt. A chat template writes its own special tokens; without one the tokenizer adds its own."""
+    has_own = not isinstance(prompt, str) and bool(tokenizer.chat_template)
+    return tokenizer(render(tokenizer, prompt), add_special_tokens=not has_own).input_ids
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, str]],
+    completion: str,
+    *,
+    encoder_decoder: bool = False,
+    max_length: int = 1024,
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of one training example.
+
+    Decoder-only: the prompt and the completion in one sequence, the prompt's labels `-100` so that only the
+    completion is learned. Encoder-decoder: the prompt is the input, the completion the labels. A prompt too long for
+    `max_length` tokens loses its beginning, never its completion. Raises `LabError` where the completion alone is too long.
+    """
+    inputs = encode(tokenizer, prompt)
+    target = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    if len(target) >= max_length:
+        raise LabError(f"A completion of {len(target)} tokens does not fit in max_length={max_length}: raise it.")
+    if encoder_decoder:
+        return {"input_ids": inputs[-max_length:], "labels": target}
+    inputs = inputs[-(max_length - len(target)) :]
+    return {"input_ids": inputs + target, "labels": [IGNORED] * len(inputs) + target}
