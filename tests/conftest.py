@@ -5,12 +5,37 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["LAB_HEADLESS"] = "1"
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
-WORDS = "the a cat dog sat on mat and ran to red blue big small house river person1 person2 asks tells wants summary".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "on",
+    "mat",
+    "and",
+    "ran",
+    "to",
+    "red",
+    "blue",
+    "big",
+    "small",
+    "house",
+    "river",
+    "person1",
+    "person2",
+    "asks",
+    "tells",
+    "wants",
+    "summary",
+]
 
 
 def make_tokenizer(*, pad_is_eos: bool, chat: bool):
@@ -39,7 +64,6 @@ def make_tokenizer(*, pad_is_eos: bool, chat: bool):
 
 def make_model(kind: str, vocabulary: int):
     """A model of the family `kind` with two layers of width 32 and random weights."""
-    import torch
     from transformers import (
         BertConfig,
         BertModel,
@@ -92,8 +116,6 @@ def tiny_folders(tmp_path_factory):
 @pytest.fixture(params=["llama", "gpt2", "t5"])
 def tiny(request, tiny_folders):
     """A tiny generating model and its tokenizer, in fp32, fresh for each test."""
-    import torch
-
     from utils.models import load_model
 
     return load_model(tiny_folders[request.param], dtype=torch.float32, device="cpu")

@@ -157,9 +157,10 @@ def test_a_row_alone_and_in_a_padded_batch_has_the_same_logprobs(tiny):
             torch.testing.assert_close(batch[row : row + 1, :width], single, atol=1e-5, rtol=1e-5)
 
 
-def test_logprobs_are_those_of_the_model_itself(tiny):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_those_of_the_model_itself(tiny, temperature):
     """Against transformers' own forward pass over one unpadded row, T5's first token included."""
-    trainer = make_trainer(*tiny, peft=False)
+    trainer = make_trainer(*tiny, peft=False, temperature=temperature)
     rollout = trainer.rollout(PROMPTS)
     for row in range(4):
         prompt, answer = rollout.prompt_ids[row], rollout.completions[row].token_ids
@@ -169,9 +170,10 @@ def test_logprobs_are_those_of_the_model_itself(tiny):
             ).logits[0]
         else:
             logits = trainer.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
         torch.testing.assert_close(rollout.logprobs[row, : len(answer)], expected, atol=1e-5, rtol=1e-5)
-        assert bool(rollout.mask[row, : len(answer)].all()) and not rollout.mask[row, len(answer) :].any()
+        assert bool(rollout.mask[row, : len(answer)].all())
+        assert not rollout.mask[row, len(answer) :].any()
 
 
 def test_the_eos_step_is_trained_although_padding_is_eos(tiny_folders):
@@ -315,8 +317,27 @@ def test_resume_is_bitwise(tiny, tmp_path):
 
 
 def test_a_setting_that_changes_the_sampled_distribution_is_refused(tiny):
-    with pytest.raises(LabError, match="temperature=0.7"):
+    with pytest.raises(LabError, match=r"temperature=0.7.*set PPOConfig.temperature"):
         make_trainer(*tiny, generation_kwargs={"temperature": 0.7})
+    with pytest.raises(LabError, match="top_k=5"):
+        make_trainer(*tiny, generation_kwargs={"top_k": 5})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_samples_come_from_the_distribution_that_is_scored(tiny, temperature):
+    """Over many samples of one token, -log p averages to the entropy of the scored distribution."""
+    model, tokenizer = tiny
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.data *= 8.0  # far from uniform
+    trainer = make_trainer(
+        model, tokenizer, peft=False, temperature=temperature, max_new_tokens=1, batch_size=2000,
+        minibatch_size=2000, micro_batch_size=2000,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    rollout = trainer.rollout([PROMPTS[0]] * 2000)
+    entropy = float(trainer._forward(trainer.model, rollout, [0])[2].detach())
+    surprise = -rollout.logprobs[:, 0]
+    assert float(surprise.mean()) == pytest.approx(entropy, abs=4 * float(surprise.std()) / 2000**0.5)
 
 
 def test_a_penalty_saved_with_the_model_does_not_leak_into_rollouts(tiny):
@@ -336,7 +357,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(tiny):
 
 
 def test_kl_that_explodes_stops_the_run_with_advice(tiny):
-    with pytest.raises(PPOError, match="Step 1.*lower learning_rate"):
+    with pytest.raises(PPOError, match=r"Step 1.*lower learning_rate"):
         make_trainer(*tiny, max_kl=1e-6, learning_rate=0.1).train()
 
 

@@ -66,7 +66,9 @@ def load_civility(source: str | os.PathLike = DATA / "civility.jsonl") -> Datase
     rows = _checked(rows, where, ("text", "label"), unique="text")
     for number, row in enumerate(rows, 1):
         if row["label"] not in ("civil", "hostile"):
-            raise DataError(f"{where}, row {number}, column 'label': {row['label']!r} is neither 'civil' nor 'hostile'.")
+            raise DataError(
+                f"{where}, row {number}, column 'label': {row['label']!r} is neither 'civil' nor 'hostile'."
+            )
     return Dataset.from_list(rows)
 
 
@@ -122,7 +124,9 @@ def _read_jsonl(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos}).") from error
+                raise DataError(
+                    f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos})."
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: a JSON {type(row).__name__} where an object is expected.")
             rows.append(row)

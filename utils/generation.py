@@ -28,7 +28,9 @@ from utils.prompts import encode
 FAST_DECODE = "sdpa_fast_decode"
 
 
-def fast_decode_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def fast_decode_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+):
     """`sdpa`, but one query over a grouped-query cache is two plain matrix products.
 
     query (batch, heads, 1, head_dim) against key and value (batch, kv_heads, length, head_dim): the query heads that

@@ -48,9 +48,7 @@ ROUGE: dict[str, Callable[[str, str], Score]] = {
 }
 
 
-def rouge(
-    predictions: Sequence[str], references: Sequence[str | Sequence[str]], kind: str = "rouge1"
-) -> np.ndarray:
+def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]], kind: str = "rouge1") -> np.ndarray:
     """ROUGE F-measure of each prediction, shape (n,), float64. With several references the best one counts.
 
     One value a dialogue, not one mean: intervals are taken over dialogues. Raises `LabError` on unequal lengths, on

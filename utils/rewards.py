@@ -1,0 +1,169 @@
+"""What PPO maximises, and what judges the result: a preference model and a civility judge, both on the small encoder.
+
+The two are separate on purpose: they are trained on different data, and the judge is never part of a reward.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import RewardConfig, RewardTrainer
+
+from utils.data import DataError
+from utils.lab import LabError
+from utils.models import choose_dtype
+from utils.training import ProgressBar
+
+
+class PreferenceModel:
+    """A scalar score for a completion, from an encoder with one output, read with its own tokenizer.
+
+    Called as a reward: `preference_model(prompts, completions)`. With `reads_prompt` it sees prompt and completion as a
+    pair of texts, otherwise the completion alone. Scores are shifted and scaled by `mean` and `std`, which
+    `train_preference_model` sets so that completions it was trained on have mean 0 and standard deviation 1: then one KL
+    coefficient means the same for any reward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reads_prompt: bool = False,
+        batch_size: int = 32,
+    ):
+        if model.config.num_labels != 1:
+            raise LabError(
+                f"A preference model has one output, this one has {model.config.num_labels} "
+                f"({', '.join(map(str, model.config.id2label.values()))}): load it with num_labels=1, or pick a label."
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.reads_prompt, self.batch_size = reads_prompt, batch_size
+        self.mean, self.std = 0.0, 1.0
+
+    def encode(self, prompt: str, completion: str) -> list[int]:
+        """Token ids of one text or pair; where the two do not fit together the prompt is cut."""
+        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        if self.reads_prompt:
+            return self.tokenizer(prompt, completion, truncation="only_first", max_length=limit).input_ids
+        return self.tokenizer(completion, truncation=True, max_length=limit).input_ids
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+        encoded = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = []
+        for start in range(0, len(encoded), self.batch_size):
+            batch = self.tokenizer.pad({"input_ids": encoded[start : start + self.batch_size]}, return_tensors="pt")
+            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+        return [(score - self.mean) / self.std for score in scores]
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """`-log sigmoid(chosen - rejected)`, the mean over pairs of scores (Bradley and Terry 1952; Ouyang et al. 2022, equation 1)."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def train_preference_model(
+    preference_model: PreferenceModel,
+    prompts: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    *,
+    epochs: int = 2,
+    learning_rate: float = 1e-4,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> list[float]:
+    """Train in place on pairs, with TRL's RewardTrainer (the Bradley-Terry loss); return the loss of each step."""
+    model, tokenizer = preference_model.model, preference_model.tokenizer
+    if not len(prompts) == len(chosen) == len(rejected) > 0:
+        raise DataError(f"Unequal or no pairs: {len(prompts)} prompts, {len(chosen)} chosen, {len(rejected)} rejected.")
+    pairs = Dataset.from_dict(
+        {
+            "chosen_ids": [preference_model.encode(p, c) for p, c in zip(prompts, chosen, strict=True)],
+            "rejected_ids": [preference_model.encode(p, r) for p, r in zip(prompts, rejected, strict=True)],
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = RewardTrainer(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=pairs,
+            args=RewardConfig(
+                output_dir=scratch,
+                per_device_train_batch_size=batch_size,
+                num_train_epochs=epochs,
+                learning_rate=learning_rate,
+                warmup_steps=0.1,
+                max_length=None,
+                disable_dropout=True,
+                activation_checkpointing=False,
+                bf16=choose_dtype(model.device) == torch.bfloat16,
+                use_cpu=model.device.type == "cpu",
+                dataloader_pin_memory=model.device.type == "cuda",
+                save_strategy="no",
+                logging_steps=1,
+                disable_tqdm=True,
+                report_to="none",
+                seed=seed,
+            ),
+            callbacks=[ProgressBar("preference model")],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    preference_model.mean, preference_model.std = 0.0, 1.0
+    scores = torch.tensor(preference_model([*prompts, *prompts], [*chosen, *rejected]))
+    preference_model.mean, preference_model.std = float(scores.mean()), max(float(scores.std()), 1e-6)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 32
+) -> Tensor:
+    """Sentence embeddings, (texts, hidden) fp32 of length 1: the mean of the encoder's last hidden states over real tokens."""
+    rows = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt")
+        batch = batch.to(model.device)
+        hidden, mask = model(**batch).last_hidden_state.float(), batch.attention_mask[..., None]
+        rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(rows).cpu()
+
+
+class CivilityJudge:
+    """Tells hostile sentences from civil ones: logistic regression on frozen sentence embeddings."""
+
+    def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.weight = self.bias = None
+
+    def fit(self, texts: Sequence[str], labels: Sequence[str], *, l2: float = 1e-3) -> CivilityJudge:
+        """Fit to `labels` `"civil"` and `"hostile"` by L-BFGS: no randomness, the same weights every time."""
+        x = embed(self.encoder, self.tokenizer, texts)
+        y = torch.tensor([label == "hostile" for label in labels], dtype=torch.float32)
+        self.weight, self.bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ self.weight + self.bias, y)
+            loss = loss + l2 * self.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Probability that each text is hostile, (texts,)."""
+        if self.weight is None:
+            raise LabError("The judge has not been fitted: call `fit` first.")
+        return torch.sigmoid(embed(self.encoder, self.tokenizer, texts) @ self.weight + self.bias)
