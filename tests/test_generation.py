@@ -1,4 +1,4 @@
-"""Generation: order, batches, where a completion ends, the fast attention, and what is left of a model's own settings."""
+"""Generation: order, batches, where a completion ends, the fast attention, and a model's own settings."""
 
 from types import SimpleNamespace
 
@@ -21,11 +21,9 @@ def lively(tiny):
     model, tokenizer = tiny
     torch.manual_seed(3)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and model.config.model_type != "t5":
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
                 parameter.normal_(std=0.3)
-            elif "lm_head" in name or "shared" in name:
-                parameter.normal_(std=1.0)
     return model, tokenizer
 
 
@@ -253,12 +251,12 @@ def test_top_k_saved_with_the_model_does_not_make_samples_greedy(tiny):
     assert len({tuple(completion.token_ids) for completion in samples}) > 8
 
 
-def test_samples_come_from_the_whole_vocabulary(tiny):
-    """transformers' own default leaves the 50 likeliest tokens."""
-    model, tokenizer = tiny
+def test_samples_come_from_the_whole_vocabulary(tiny_folders):
+    """transformers' own default leaves the 50 likeliest tokens; here the model finds all alike."""
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.float32, device="cpu")
     torch.manual_seed(0)
     samples = write(model, tokenizer, ["the"] * 2000, do_sample=True, max_new_tokens=1, batch_size=2000)
-    assert len({completion.token_ids[0] for completion in samples}) > 55
+    assert len({completion.token_ids[0] for completion in samples}) > 50
     few = write(model, tokenizer, ["the"] * 500, do_sample=True, max_new_tokens=1, batch_size=500, top_k=3)
     assert len({completion.token_ids[0] for completion in few}) <= 3
 

@@ -228,6 +228,21 @@ def test_reference_never_changes_and_the_adapter_is_on_again(tiny):
     assert not torch.equal(trainer._forward(trainer.model, rollout, rows)[0], before)
 
 
+@pytest.mark.parametrize("peft", [True, False])
+def test_several_completions_a_prompt_are_scored_as_rows_alone_are(tiny, peft):
+    trainer = make_trainer(*tiny, peft=peft, num_completions=3, minibatch_size=6, micro_batch_size=6)
+    first = trainer.rollout(PROMPTS * 4).completions
+    assert any(len({tuple(completion.token_ids) for completion in first[i : i + 3]}) > 1 for i in range(0, 48, 3))
+    history = trainer.train()
+    assert history[0]["objective/kl"] == 0.0
+    assert history[0]["optimizer_steps"] == 4
+    rollout = trainer.rollout(PROMPTS)
+    assert [rollout.prompts[row] for row in (0, 2, 3, 11)] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[3]]
+    for row in range(12):
+        alone = trainer._forward(trainer.model, rollout, [row])[0][0].detach()
+        torch.testing.assert_close(rollout.logprobs[row, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_score_stands_on_the_last_real_token(tiny, monkeypatch):
     seen = {}
 
@@ -330,11 +345,11 @@ def test_samples_come_from_the_distribution_that_is_scored(tiny, temperature):
     for parameter in model.get_output_embeddings().parameters():
         parameter.data *= 8.0  # far from uniform
     trainer = make_trainer(
-        model, tokenizer, peft=False, temperature=temperature, max_new_tokens=1, batch_size=2000,
-        minibatch_size=2000, micro_batch_size=2000,
+        model, tokenizer, peft=False, temperature=temperature, max_new_tokens=1, num_completions=2000,
+        batch_size=1, minibatch_size=2000, micro_batch_size=2000,
     )  # fmt: skip
     torch.manual_seed(0)
-    rollout = trainer.rollout([PROMPTS[0]] * 2000)
+    rollout = trainer.rollout([PROMPTS[0]])
     entropy = float(trainer._forward(trainer.model, rollout, [0])[2].detach())
     surprise = -rollout.logprobs[:, 0]
     assert float(surprise.mean()) == pytest.approx(entropy, abs=4 * float(surprise.std()) / 2000**0.5)

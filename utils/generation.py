@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -124,12 +125,15 @@ def generate(
     prompts: Sequence[str | list[dict[str, str]]],
     *,
     batch_size: int = 16,
+    completions_per_prompt: int = 1,
     description: str = "generating",
     show_progress: bool = True,
     **settings,
 ) -> list[Completion]:
-    """One completion a prompt, in order. `settings` are fields of `GenerationConfig`; the default is greedy, 64 tokens.
+    """Completions of each prompt, in order. `settings` are fields of `GenerationConfig`; the default is greedy, 64 tokens.
 
+    `batch_size` counts prompts. With `completions_per_prompt` above 1 (for sampling) the completions of one prompt follow
+    each other, and a decoder-only model reads each prompt once for all of them.
     Prompts are strings or chat messages. The model is in evaluation mode meanwhile and left as it was.
     """
     config = generation_config(model, tokenizer, **settings)
@@ -137,7 +141,8 @@ def generate(
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     own_config, base = base_model(model).generation_config, base_model(model)
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    completions: list[Completion | None] = [None] * len(encoded)
+    each = completions_per_prompt
+    completions: list[Completion | None] = [None] * (len(encoded) * each)
     was_training = model.training
     model.eval()
     base.generation_config = config
@@ -146,9 +151,18 @@ def generate(
             for start in range(0, len(by_length), batch_size):
                 rows = by_length[start : start + batch_size]
                 input_ids, attention_mask = pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, model.device)
-                output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+                extra = {}
+                if each > 1 and not model.config.is_encoder_decoder:
+                    extra["past_key_values"] = _read_once(model, input_ids, attention_mask, each)
+                output = model.generate(
+                    input_ids=input_ids.repeat_interleave(each, 0),
+                    attention_mask=attention_mask.repeat_interleave(each, 0),
+                    generation_config=config,
+                    **extra,
+                )
                 first = 1 if model.config.is_encoder_decoder else input_ids.shape[1]
-                for i, ids in zip(rows, output[:, first:].tolist(), strict=True):
+                places = [i * each + k for i in rows for k in range(each)]
+                for i, ids in zip(places, output[:, first:].tolist(), strict=True):
                     ids = ids[: completion_length(ids, eos_ids)]
                     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                     completions[i] = Completion(text, ids, truncated=not ids or ids[-1] not in eos_ids)
@@ -157,3 +171,18 @@ def generate(
         base.generation_config = own_config
         model.train(was_training)
     return completions
+
+
+def _read_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, each: int) -> DynamicCache:
+    """Keys and values of all prompt tokens but the last, which `generate` reads itself, repeated `each` times."""
+    cache = DynamicCache(config=base_model(model).config)
+    if input_ids.shape[1] > 1:
+        model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=(attention_mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    cache.batch_repeat_interleave(each)
+    return cache

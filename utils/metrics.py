@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import datasets
+import evaluate
 import numpy as np
 
 from utils.lab import LabError
@@ -65,6 +67,24 @@ def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]],
             raise LabError(f"Row {i} has no reference summary.")
         values[i] = max(ROUGE[kind](prediction, reference).fmeasure for reference in several)
     return values
+
+
+class RougeMetric(evaluate.Metric):
+    """The ROUGE family behind the interface of `evaluate` (whose own `rouge` has to be fetched from the Hub).
+
+    `RougeMetric().compute(predictions=[...], references=[...])` gives the mean F-measure of each kind; a reference is a
+    string or a list of them.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = [
+            datasets.Features({"predictions": datasets.Value("string"), "references": references})
+            for references in (datasets.Sequence(datasets.Value("string")), datasets.Value("string"))
+        ]
+        return evaluate.MetricInfo(description=__doc__, citation="Lin 2004", inputs_description="", features=features)
+
+    def _compute(self, predictions: list[str], references: list[str] | list[list[str]]) -> dict[str, float]:
+        return {kind: float(rouge(predictions, references, kind).mean()) for kind in ROUGE}
 
 
 def bootstrap_interval(

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.generation import Completion, base_model, eos_token_ids, generate, generation_config, pad_left
 from utils.lab import LabError, progress
@@ -151,14 +151,15 @@ class AdaptiveKLController:
 class PPOConfig:
     """Settings of one run. Lengths are in tokens, KL in nats a sequence.
 
-    `steps` rollouts of `batch_size` prompts each; every rollout is learned from for `epochs` passes in minibatches of
-    `minibatch_size` rows (one optimizer step each), computed `micro_batch_size` rows at a time. With `kl_target` the
+    `steps` rollouts of `batch_size` prompts each, `num_completions` for every prompt; a rollout is learned from for `epochs`
+    passes in minibatches of `minibatch_size` completions (one optimizer step each), computed `micro_batch_size` at a time. With `kl_target` the
     coefficient adapts, without it stays at `kl_coef`. The policy is `softmax(logits / temperature)`: the one temperature
     applies to sampling, policy and reference alike, so what is scored is what is sampled.
     """
 
     steps: int = 10
     batch_size: int = 16
+    num_completions: int = 1
     minibatch_size: int = 8
     micro_batch_size: int = 4
     epochs: int = 2
@@ -239,9 +240,11 @@ class PPOTrainer:
             )
         if config.temperature <= 0:
             raise LabError(f"temperature={config.temperature}: PPO samples, so it must be above 0.")
-        if config.batch_size % config.minibatch_size:
+        completions = config.batch_size * config.num_completions
+        if completions % config.minibatch_size or config.minibatch_size % config.num_completions:
             raise LabError(
-                f"batch_size={config.batch_size} must be a multiple of minibatch_size={config.minibatch_size}."
+                f"batch_size={config.batch_size} prompts with num_completions={config.num_completions} give {completions} "
+                f"rows: this must be a multiple of minibatch_size={config.minibatch_size}, and that one of num_completions."
             )
         self.generation_kwargs = _only_neutral(config.generation_kwargs or {})
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -303,7 +306,10 @@ class PPOTrainer:
 
     @torch.no_grad()
     def rollout(self, rows: Sequence[Prompt | dict[str, Any]]) -> Rollout:
-        """Sample one completion a prompt; log-probabilities under policy and reference, and values, of every token."""
+        """Sample completions of each prompt; log-probabilities under policy and reference, and values, of every token.
+
+        The `num_completions` of one prompt are consecutive rows.
+        """
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
@@ -312,12 +318,16 @@ class PPOTrainer:
             self.tokenizer,
             prompts,
             batch_size=len(prompts),
+            completions_per_prompt=self.config.num_completions,
             show_progress=False,
             do_sample=True,
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             **self.generation_kwargs,
         )
+        repeats = [row for row in range(len(rows)) for _ in range(self.config.num_completions)]
+        prompts = [prompts[i] for i in repeats]
+        columns = {key: [values[i] for i in repeats] for key, values in columns.items()}
         prompt_ids = [encode(self.tokenizer, prompt) for prompt in prompts]
         lengths = torch.tensor([len(completion.token_ids) for completion in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -478,21 +488,35 @@ class PPOTrainer:
     def _decoder_only(self, model, prompt_ids, completions) -> Tensor:
         """Hidden states (rows, completion, hidden) from which each completion token is predicted.
 
-        Prompts are padded on the left, completions on the right, so all completions begin in the same column; position
-        ids count real tokens only.
+        Each prompt goes through the model once; its keys and values then serve all its completions. Prompts are padded on
+        the left, completions on the right, so all completions begin in the same column; position ids count real tokens.
         """
-        prompts, prompt_mask = pad_left(prompt_ids, self.tokenizer.pad_token_id, model.device)
-        answers = _pad_right(completions, self.tokenizer.pad_token_id).to(model.device)
-        lengths = torch.tensor([len(ids) for ids in completions], device=model.device)
-        answer_mask = (torch.arange(answers.shape[1], device=model.device) < lengths[:, None]).long()
-        attention_mask = torch.cat([prompt_mask, answer_mask], 1)
+        unique = [ids for i, ids in enumerate(prompt_ids) if i == 0 or ids != prompt_ids[i - 1]]
+        row = -1
+        index = [row := row + (i == 0 or ids != prompt_ids[i - 1]) for i, ids in enumerate(prompt_ids)]
+        prompts, prompt_mask = pad_left(unique, self.tokenizer.pad_token_id, model.device)
+        read = _trunk(model)(
+            input_ids=prompts,
+            attention_mask=prompt_mask,
+            position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=DynamicCache(config=base_model(model).config),
+        )
+        index = torch.tensor(index, device=model.device)
+        last = read.last_hidden_state[index, -1:]
+        answers = _pad_right(completions, self.tokenizer.pad_token_id)[:, :-1].to(model.device)
+        if answers.shape[1] == 0:
+            return last
+        lengths = torch.tensor([len(ids) - 1 for ids in completions], device=model.device)
+        positions = torch.arange(answers.shape[1], device=model.device)
+        cache = read.past_key_values
+        cache.batch_select_indices(index)
         hidden = _trunk(model)(
-            input_ids=torch.cat([prompts, answers], 1),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
+            input_ids=answers,
+            attention_mask=torch.cat([prompt_mask[index], (positions < lengths[:, None]).long()], 1),
+            position_ids=prompt_mask[index].sum(1, keepdim=True) + positions,
+            past_key_values=cache,
         ).last_hidden_state
-        return hidden[:, prompts.shape[1] - 1 : -1]
+        return torch.cat([last, hidden], 1)
 
     def _encoder_decoder(self, model, prompt_ids, targets) -> tuple[Tensor, Tensor]:
         """Decoder hidden states and logits, (rows, completion, ...). The first generated token is predicted from the start token."""
@@ -530,16 +554,15 @@ class PPOTrainer:
         return rows
 
     def _minibatches(self, rollout: Rollout) -> list[list[list[int]]]:
-        """Random minibatches, each cut into micro-batches of like length."""
-        order = torch.randperm(len(rollout.prompts)).tolist()
-        size, micro = self.config.minibatch_size, self.config.micro_batch_size
+        """Random minibatches, each cut into micro-batches of like length. Completions of one prompt stay together."""
+        group = self.config.num_completions
+        size, micro = self.config.minibatch_size // group, max(1, self.config.micro_batch_size // group)
+        order = torch.randperm(len(rollout.prompts) // group).tolist()
         minibatches = []
         for start in range(0, len(order), size):
-            rows = sorted(
-                order[start : start + size],
-                key=lambda i: len(rollout.prompt_ids[i]) + len(rollout.completions[i].token_ids),
-            )
-            minibatches.append([rows[i : i + micro] for i in range(0, len(rows), micro)])
+            prompts = sorted(order[start : start + size], key=lambda p: len(rollout.prompt_ids[p * group]))
+            rows = [[p * group + k for k in range(group)] for p in prompts]
+            minibatches.append([sum(rows[i : i + micro], []) for i in range(0, len(rows), micro)])
         return minibatches
 
     # --- checkpoints: safetensors and JSON, written to a new name and then renamed ---

@@ -8,6 +8,7 @@ head's work). Batches hold examples of like length.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -53,16 +55,13 @@ def lora_config(
     of them.
     """
     task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-    blocks = model.config.num_hidden_layers
-    chosen = list(range(blocks - max(1, round(blocks * upper_share)), blocks)) if upper_share < 1 else None
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        layers_to_transform=chosen,
-        task_type=task,
-    )
+    target: str | list[str] = "all-linear"
+    if upper_share < 1:
+        first = round(model.config.num_hidden_layers * (1 - upper_share))
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        # "model.layers.7.mlp.up_proj": the first number in the name is that of the block; the head has none
+        target = [name for name in linear if (block := re.search(r"\.(\d+)\.", name)) and int(block[1]) >= first]
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type=task)
 
 
 def fine_tune(

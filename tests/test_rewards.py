@@ -1,0 +1,258 @@
+"""The preference model and the civility judge: the loss by hand, padding, and toys that both must learn."""
+
+import gc
+import math
+
+import pytest
+import torch
+
+from utils.data import DataError
+from utils.lab import LabError
+from utils.models import load_model
+from utils.rewards import CivilityJudge, PreferenceModel, bradley_terry_loss, embed, train_preference_model
+
+# The good texts hold "blue", the bad ones "red"; nothing else tells them apart.
+FRAMES = [
+    "the cat sat on the {} mat",
+    "a {} dog ran",
+    "{} house and river",
+    "person1 wants a big {} house",
+    "the small cat ran to the {} river",
+    "person2 asks : {} ?",
+]
+HELD_OUT = ["a big {} cat sat", "the {} river ran to the house", "person1 tells person2 the dog ran to the {} mat"]
+TEXTS = ["the cat", "a dog ran to the red house and the river .", "big", "person1 asks person2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Each Trainer collects garbage, a third of a second among all that is imported: leave what is there alone."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def fill(word, frames=FRAMES):
+    return [frame.format(word) for frame in frames]
+
+
+@pytest.fixture
+def encoder(tiny_folders):
+    return load_model(tiny_folders["bert"], dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def make_preference_model(tiny_folders):
+    def make(**options):
+        torch.manual_seed(0)
+        model, tokenizer = load_model(tiny_folders["bert"], dtype=torch.float32, device="cpu", num_labels=1)
+        return PreferenceModel(model, tokenizer, **options)
+
+    return make
+
+
+def train(preference_model, prompts=FRAMES, chosen=None, rejected=None, **settings):
+    chosen, rejected = chosen or fill("blue"), rejected or fill("red")
+    return train_preference_model(preference_model, prompts, chosen, rejected, **settings)
+
+
+# --- the Bradley-Terry loss --------------------------------------------------------------------------------------
+
+
+def test_equal_scores_cost_log_two():
+    scores = torch.tensor([0.0, -3.0, 1e3])
+    assert float(bradley_terry_loss(scores, scores)) == pytest.approx(math.log(2))
+
+
+def test_bradley_terry_loss_by_hand():
+    loss = bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0]))
+    expected = -(math.log(1 / (1 + math.exp(-1))) + math.log(1 / (1 + math.exp(3)))) / 2
+    assert float(loss) == pytest.approx(expected)
+    assert math.isfinite(float(bradley_terry_loss(torch.tensor([-1e4]), torch.tensor([1e4]))))
+
+
+def test_the_loss_falls_as_the_chosen_score_rises():
+    chosen, rejected = torch.zeros(2, requires_grad=True), torch.tensor([0.0, 1.0], requires_grad=True)
+    bradley_terry_loss(chosen, rejected).backward()
+    assert (chosen.grad < 0).all()
+    torch.testing.assert_close(chosen.grad, -rejected.grad)
+    assert chosen.grad[1] < chosen.grad[0]  # the pair in the wrong order pulls harder
+
+
+# --- the preference model ----------------------------------------------------------------------------------------
+
+
+def test_a_model_with_other_than_one_output_is_refused_and_its_labels_are_named(tiny_folders):
+    model, tokenizer = load_model(tiny_folders["bert"], device="cpu", num_labels=2)
+    model.config.id2label = {0: "nothate", 1: "hate"}
+    with pytest.raises(LabError, match=r"2 \(nothate, hate\).*num_labels=1.*label"):
+        PreferenceModel(model, tokenizer)
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_a_text_alone_and_in_a_batch_has_the_same_score(make_preference_model, reads_prompt, batch_size):
+    preference_model = make_preference_model(reads_prompt=reads_prompt, batch_size=batch_size)
+    prompts = ["the cat sat", "a", "the dog ran to the river", "big"]
+    together = preference_model(prompts, TEXTS)
+    alone = [preference_model([prompt], [text])[0] for prompt, text in zip(prompts, TEXTS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert max(together) - min(together) > 1e-3
+
+
+def test_a_score_is_the_models_logit_shifted_and_scaled(make_preference_model):
+    preference_model = make_preference_model()
+    with torch.no_grad():
+        ids = preference_model.tokenizer(TEXTS[1], return_tensors="pt").input_ids
+        logit = float(preference_model.model(ids).logits)
+    assert preference_model(["the"], [TEXTS[1]]) == [pytest.approx(logit, abs=1e-6)]
+    preference_model.mean, preference_model.std = 2.0, 0.5
+    assert preference_model(["the"], [TEXTS[1]]) == [pytest.approx((logit - 2) / 0.5, abs=1e-5)]
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_the_prompt_counts_only_where_it_is_read(make_preference_model, reads_prompt):
+    one, other = make_preference_model(reads_prompt=reads_prompt)(["the cat", "a river ran"], ["dog", "dog"])
+    assert (one != other) == reads_prompt
+
+
+def test_unequal_prompts_and_completions_are_refused(make_preference_model):
+    with pytest.raises(ValueError, match="shorter"):
+        make_preference_model()(["the", "a"], ["dog"])
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+@pytest.mark.parametrize("longer", ["the prompt", "the completion", "both"])
+def test_texts_longer_than_the_encoder_reads_are_cut(make_preference_model, reads_prompt, longer):
+    preference_model = make_preference_model(reads_prompt=reads_prompt)
+    prompt = "the cat " * (1 if longer == "the completion" else 400)
+    completion = "dog ran " * (1 if longer == "the prompt" else 400)
+    (score,) = preference_model([prompt], [completion])
+    assert math.isfinite(score)
+
+
+def test_a_cut_pair_keeps_the_completion(make_preference_model):
+    preference_model = make_preference_model(reads_prompt=True)
+    ids = preference_model.encode("the " * 600, "dog ran")
+    assert len(ids) == 512
+    assert preference_model.tokenizer.decode(ids[-3:]) == "the dog ran"
+
+
+def test_the_first_loss_is_the_bradley_terry_loss_of_the_scores(make_preference_model, monkeypatch):
+    monkeypatch.setattr("utils.rewards.choose_dtype", lambda device: torch.float32)
+    preference_model = make_preference_model()
+    chosen, rejected = (torch.tensor(preference_model(FRAMES, fill(word))) for word in ("blue", "red"))
+    losses = train(preference_model, epochs=1)
+    assert losses == [pytest.approx(float(bradley_terry_loss(chosen, rejected)), rel=1e-5)]
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_training_ranks_held_out_pairs_and_scales_the_scores(make_preference_model, reads_prompt):
+    preference_model = make_preference_model(reads_prompt=reads_prompt)
+    losses = train(preference_model, epochs=40, learning_rate=3e-3)
+    assert len(losses) == 40
+    assert losses[-1] < 0.1 < losses[0]
+    better, worse = (preference_model(HELD_OUT, fill(word, HELD_OUT)) for word in ("blue", "red"))
+    assert all(b > w + 1 for b, w in zip(better, worse, strict=True))
+    scores = torch.tensor(preference_model(FRAMES * 2, fill("blue") + fill("red")))
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(scores.std()) == pytest.approx(1, abs=1e-4)
+    assert not any(module.training for module in preference_model.model.modules())
+
+
+def test_the_scale_does_not_come_from_an_earlier_training(make_preference_model):
+    preference_model = make_preference_model()
+    preference_model.mean, preference_model.std = 100.0, 0.01
+    train(preference_model, epochs=1)
+    scores = torch.tensor(preference_model(FRAMES * 2, fill("blue") + fill("red")))
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(scores.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_same_seed_same_training_and_another_seed_another(make_preference_model):
+    runs = []
+    for seed in (3, 3, 4):
+        preference_model = make_preference_model()
+        losses = train(preference_model, epochs=1, batch_size=2, seed=seed)
+        runs.append((losses, preference_model(FRAMES, fill("blue"))))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_unequal_or_no_pairs_are_refused(make_preference_model):
+    with pytest.raises(DataError, match="2 prompts, 1 chosen, 2 rejected"):
+        train(make_preference_model(), ["the", "a"], ["dog"], ["cat", "mat"])
+    with pytest.raises(DataError, match="1 rejected"):
+        train(make_preference_model(), ["the", "a"], ["dog", "big"], ["cat"])
+    with pytest.raises(DataError, match="no pairs"):
+        train_preference_model(make_preference_model(), [], [], [])
+
+
+# --- embeddings and the judge ------------------------------------------------------------------------------------
+
+
+def test_embeddings_have_length_one(encoder):
+    embeddings = embed(*encoder, TEXTS)
+    assert embeddings.shape == (4, 32)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(4))
+
+
+@torch.no_grad()
+def test_an_embedding_is_the_mean_over_the_tokens(encoder):
+    model, tokenizer = encoder
+    hidden = model(tokenizer(TEXTS[1], return_tensors="pt").input_ids).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(embed(model, tokenizer, TEXTS)[1], hidden / hidden.norm(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_padding_does_not_change_an_embedding(encoder, batch_size):
+    alone = torch.cat([embed(*encoder, [text]) for text in TEXTS])
+    torch.testing.assert_close(embed(*encoder, TEXTS, batch_size=batch_size), alone, atol=1e-6, rtol=1e-5)
+
+
+def fit_judge(encoder, **settings):
+    texts, labels = fill("blue") + fill("red"), ["civil"] * len(FRAMES) + ["hostile"] * len(FRAMES)
+    return CivilityJudge(*encoder).fit(texts, labels, **settings)
+
+
+def test_the_judge_tells_hostile_from_civil(encoder):
+    judge = fit_judge(encoder, l2=1e-5)
+    civil, hostile = judge(fill("blue", HELD_OUT)), judge(fill("red", HELD_OUT))
+    assert civil.shape == (len(HELD_OUT),)
+    assert (hostile > civil + 0.2).all()
+    assert (judge(fill("blue")) < 0.5).all()
+    assert (judge(fill("red")) > 0.5).all()
+
+
+def test_the_judge_is_the_same_every_time(encoder):
+    judges = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        judges.append(fit_judge(encoder))
+    assert torch.equal(judges[0].weight, judges[1].weight)
+    assert torch.equal(judges[0](HELD_OUT), judges[1](HELD_OUT))
+
+
+def test_the_judge_is_at_the_minimum_of_its_loss(encoder):
+    judge = fit_judge(encoder, l2=1e-2)
+    x = embed(*encoder, fill("blue") + fill("red"))
+    y = torch.tensor([0.0] * len(FRAMES) + [1.0] * len(FRAMES))
+    with torch.no_grad():
+        error = torch.sigmoid(x @ judge.weight + judge.bias) - y
+        gradient = x.T @ error / len(y) + 2 * 1e-2 * judge.weight
+    assert float(gradient.abs().max()) < 1e-4
+    assert abs(float(error.mean())) < 1e-4
+
+
+def test_the_encoder_stays_as_it_is(encoder):
+    before = [parameter.detach().clone() for parameter in encoder[0].parameters()]
+    fit_judge(encoder)
+    assert all(map(torch.equal, before, encoder[0].parameters()))
+    assert all(parameter.grad is None for parameter in encoder[0].parameters())
+
+
+def test_a_judge_that_was_not_fitted_says_so(encoder):
+    with pytest.raises(LabError, match="fit"):
+        CivilityJudge(*encoder)(TEXTS)
