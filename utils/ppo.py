@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -562,7 +563,7 @@ class PPOTrainer:
         for start in range(0, len(order), size):
             prompts = sorted(order[start : start + size], key=lambda p: len(rollout.prompt_ids[p * group]))
             rows = [[p * group + k for k in range(group)] for p in prompts]
-            minibatches.append([sum(rows[i : i + micro], []) for i in range(0, len(rows), micro)])
+            minibatches.append([[*chain(*rows[i : i + micro])] for i in range(0, len(rows), micro)])
         return minibatches
 
     # --- checkpoints: safetensors and JSON, written to a new name and then renamed ---
