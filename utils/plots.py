@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -64,7 +65,7 @@ def means_with_intervals(
     axis.set_xticks(range(len(means)), labels)
     axis.set_xlim(-0.5, len(means) - 0.1)
     axis.set_ylabel(ylabel)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(textwrap.fill(title, 62), fontsize=10)
     axis.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     return figure
@@ -84,7 +85,7 @@ def loss_curve(losses: Sequence[float], title: str) -> Figure:
     axis.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss (nats a token)")
-    axis.set_title(title, fontsize=10)
+    axis.set_title(textwrap.fill(title, 62), fontsize=10)
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -104,7 +105,7 @@ def paired_changes(before: Sequence[float], after: Sequence[float], title: str, 
     axis.set_xticks([0, 1], ["before", "after"])
     axis.set_xlim(-0.2, 1.2)
     axis.set_ylabel(label)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(textwrap.fill(title, 62), fontsize=10)
     axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return figure
@@ -130,11 +131,12 @@ def ppo_curves(history: Sequence[Mapping[str, float]], title: str, kl_target: fl
     if kl_target is not None:
         right.axhline(kl_target, color=BLACK, linestyle=":", label="target")
         right.legend(frameon=False)
-    right.set_ylabel("KL from the reference (nats a sequence)")
+    right.set_ylabel("KL from the reference\n(nats a sequence)")
     for axis in (left, right):
         axis.set_xlabel("PPO step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=10)
     figure.tight_layout()
     return figure
 
