@@ -46,18 +46,6 @@ def test_shots_are_questions_and_answers_before_the_question(template):
         assert message["content"] == TEMPLATES[template].replace("{dialogue}", dialogue)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_without_model_turns_the_shots_stand_in_the_one_message_in_their_order(template):
-    (message,) = summary_prompt(DIALOGUE, SHOTS, template, model_turns=False)
-    assert message["role"] == "user"
-    parts = ["the cat sat", "Summary: a cat sat", "person1 asks person2", "Summary: person1 asks", DIALOGUE, "Summary:"]
-    end = 0
-    for part in parts:
-        end = message["content"].index(part, end) + len(part)
-    assert end == len(message["content"])
-    assert message["content"].count("Summary:") == 3  # one a dialogue
-
-
 def test_braces_in_a_dialogue_stand_as_they_are():
     assert summary_prompt("{dialogue} {0} {", [("{x}", "{y}")], "bare") == [
         {"role": "user", "content": "{x}"},

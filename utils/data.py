@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset
 
 from utils.lab import ROOT, LabError
@@ -34,10 +36,10 @@ def load_dialogues(source: str | os.PathLike = DATA / "dialogues", split: str = 
     the dialogue, as DialogSum does: `by_dialogue` groups them. Raises `DataError`.
     """
     rows, where = _read(source, split)
-    for row in rows:
+    for _, row in rows:
         if "id" not in row and "fname" in row:  # the name in DialogSum's own release
             row["id"] = row.pop("fname")
-    return Dataset.from_list(_checked(rows, where, DIALOGUE_COLUMNS, unique="id"))
+    return _checked(rows, where, DIALOGUE_COLUMNS, unique="id")
 
 
 def by_dialogue(rows: Dataset | Iterable[dict]) -> Dataset:
@@ -57,25 +59,27 @@ def by_dialogue(rows: Dataset | Iterable[dict]) -> Dataset:
 def load_preferences(source: str | os.PathLike = DATA / "preferences", split: str = "train") -> Dataset:
     """Pairs of summaries of a dialogue: `id`, `dialogue_id`, `chosen`, `rejected`, `flaw`. Raises `DataError`."""
     rows, where = _read(source, split)
-    return Dataset.from_list(_checked(rows, where, ("id", "dialogue_id", "chosen", "rejected", "flaw"), unique="id"))
+    return _checked(rows, where, ("id", "dialogue_id", "chosen", "rejected", "flaw"), unique="id")
 
 
 def load_civility(source: str | os.PathLike = DATA / "civility.jsonl") -> Dataset:
     """Single sentences with `text` and `label` (`"civil"` or `"hostile"`). Raises `DataError`."""
     rows, where = _read(source, "train")
-    rows = _checked(rows, where, ("text", "label"), unique="text")
-    for number, row in enumerate(rows, 1):
-        if row["label"] not in ("civil", "hostile"):
+    for number, row in rows:
+        if row.get("label") not in ("civil", "hostile", None):
             raise DataError(
                 f"{where}, row {number}, column 'label': {row['label']!r} is neither 'civil' nor 'hostile'."
             )
-    return Dataset.from_list(rows)
+    return _checked(rows, where, ("text", "label"), unique="text")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read(source: str | os.PathLike, split: str) -> tuple[list[dict], str]:
+Rows = list[tuple[int, dict]]  # with the number a reader finds them by: of the line, or counted from 1
+
+
+def _read(source: str | os.PathLike, split: str) -> tuple[Rows, str]:
     """Rows of a file, of a folder's file for `split`, or of a Hub data set; and the name to use in messages."""
     if split not in SPLIT_NAMES:
         raise DataError(f"There is no split {split!r}: choose one of {', '.join(SPLIT_NAMES)}.")
@@ -93,17 +97,15 @@ def _read(source: str | os.PathLike, split: str) -> tuple[list[dict], str]:
     return _read_hub(os.fspath(source), split), f"{source} ({split})"
 
 
-def _read_file(path: Path) -> list[dict]:
+def _read_file(path: Path) -> Rows:
     try:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
         if path.suffix == ".csv":
             with open(path, encoding="utf-8", newline="") as file:
-                return [_without_overflow(row, path, n) for n, row in enumerate(csv.DictReader(file), 1)]
+                return [(n, _without_overflow(row, path, n)) for n, row in enumerate(csv.DictReader(file), 1)]
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
     except OSError as error:
@@ -115,7 +117,7 @@ def _read_file(path: Path) -> list[dict]:
     raise DataError(f"{path} is neither {', '.join(SUFFIXES)}: convert it to one of these.")
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path) -> Rows:
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -129,7 +131,7 @@ def _read_jsonl(path: Path) -> list[dict]:
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: a JSON {type(row).__name__} where an object is expected.")
-            rows.append(row)
+            rows.append((number, row))
     return rows
 
 
@@ -139,11 +141,11 @@ def _without_overflow(row: dict, path: Path, number: int) -> dict:
     return row
 
 
-def _read_hub(name: str, split: str) -> list[dict]:
+def _read_hub(name: str, split: str) -> Rows:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split).to_list()
+        return list(enumerate(load_dataset(name, split=split).to_list(), 1))
     except Exception as error:
         raise DataError(
             f"No data set {name!r}: it is not a file, not a folder, and not on the Hub ({type(error).__name__}); "
@@ -151,12 +153,12 @@ def _read_hub(name: str, split: str) -> list[dict]:
         ) from error
 
 
-def _checked(rows: list[dict], where: str, columns: Sequence[str], *, unique: str) -> list[dict]:
-    """Return `rows`, or raise `DataError` at the first row that lacks a column, a value or a new `unique` value."""
+def _checked(rows: Rows, where: str, columns: Sequence[str], *, unique: str) -> Dataset:
+    """The rows as a table, or `DataError` at the first row that lacks a column, a value or a new `unique` value."""
     if not rows:
         raise DataError(f"{where} has no rows.")
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         for column in columns:
             if column not in row:
                 raise DataError(f"{where}, row {number}: no column {column!r} (it has {', '.join(map(str, row))}).")
@@ -168,4 +170,10 @@ def _checked(rows: list[dict], where: str, columns: Sequence[str], *, unique: st
                 f"{where}, row {number}, column {unique!r}: {row[unique]!r} stands in row {seen[row[unique]]} already."
             )
         seen[row[unique]] = number
-    return rows
+    every = dict.fromkeys(column for _, row in rows for column in row)  # `from_list` takes those of the first row only
+    try:
+        return Dataset.from_list([{column: row.get(column) for column in every} for _, row in rows])
+    except (pyarrow.ArrowException, UnicodeError, TypeError) as error:
+        raise DataError(
+            f"{where} does not make a table ({str(error).splitlines()[0]}): give each column values of one kind."
+        ) from error

@@ -98,6 +98,8 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise LabError(f"An interval needs at least two values in one row, got shape {values.shape}.")
+    if not np.isfinite(values).all():
+        raise LabError(f"An interval needs finite values, got {values[~np.isfinite(values)][0]}.")
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -140,7 +141,7 @@ def load_model(
     device = torch.device(device) if device is not None else choose_device()
     dtype = dtype or choose_dtype(device)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = architecture(config)
         if num_labels is not None:
             loader, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
@@ -150,8 +151,8 @@ def load_model(
         if attn_implementation:
             extra["attn_implementation"] = attn_implementation
         with _quiet_transformers():
-            model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, **extra)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the loaders raise a dozen types; a learner needs the file and the reason
         raise ModelFileError(
             f"The model in {folder} cannot be read ({type(error).__name__}: {_first_line(error)}): "
@@ -159,6 +160,8 @@ def load_model(
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # a classification head finds the last real token by it
+        model.config.pad_token_id = tokenizer.pad_token_id
     for parameter in model.parameters():
         # Weights mapped from a file may lie at any address, and matrix kernels round differently at odd ones: then a
         # model and its copy would not agree bit for bit.
@@ -230,9 +233,9 @@ def _convert_gguf(weights: Path, folder: Path) -> None:
         except OSError:
             if not _is_complete(folder):
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelFileError(
-            f"The converted model cannot be written to {folder} ({error.strerror or error}): "
+            f"The converted model cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
             "free some disk space, or set XDG_CACHE_HOME to a folder you can write to."
         ) from error
     finally:

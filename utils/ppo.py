@@ -28,11 +28,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.generation import Completion, base_model, eos_token_ids, generate, generation_config, pad_left
+from utils.generation import Completion, base_model, generate, pad_left
 from utils.lab import LabError, progress
 from utils.prompts import encode
 
@@ -268,7 +269,6 @@ class PPOTrainer:
             if config.kl_target is None
             else AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
         )
-        self.eos_ids = eos_token_ids(generation_config(model, tokenizer))
         self.step = self.optimizer_steps = 0
         self.history: list[dict[str, float]] = []
 
@@ -591,8 +591,8 @@ class PPOTrainer:
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
-        except OSError as error:
-            raise PPOError(f"The checkpoint {folder} cannot be written ({error.strerror or error}).") from error
+        except (OSError, SafetensorError) as error:
+            raise PPOError(f"The checkpoint {folder} cannot be written ({error}).") from error
         finally:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)

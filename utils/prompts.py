@@ -19,24 +19,15 @@ TEMPLATES = {
 
 
 def summary_prompt(
-    dialogue: str, shots: Sequence[tuple[str, str]] = (), template: str = "instruction", model_turns: bool = True
+    dialogue: str, shots: Sequence[tuple[str, str]] = (), template: str = "instruction"
 ) -> list[dict[str, str]]:
     """Chat messages that ask for a summary, after worked examples `(dialogue, summary)`.
 
-    With `model_turns` each shot is a question of the user and an answer of the assistant; without, the shots stand in
-    one message. Raises `LabError` on an unknown template.
+    Each shot is a question of the user and an answer of the assistant. Raises `LabError` on an unknown template.
     """
     if template not in TEMPLATES:
         raise LabError(f"There is no prompt template {template!r}: choose one of {', '.join(TEMPLATES)}.")
     ask = TEMPLATES[template].format
-    if not model_turns:
-        solved = "".join(f"{ask(dialogue=d)}\n\nSummary: {s}\n\n" for d, s in shots)
-        return [
-            {
-                "role": "user",
-                "content": f"{solved}{ask(dialogue=dialogue)}\n\nSummary:" if shots else ask(dialogue=dialogue),
-            }
-        ]
     messages = []
     for shot_dialogue, shot_summary in shots:
         messages.append({"role": "user", "content": ask(dialogue=shot_dialogue)})
