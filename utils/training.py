@@ -41,7 +41,7 @@ class FineTuneConfig:
     learning_rate: float = 5e-4
     epochs: int = 1
     batch_size: int = 8
-    micro_batch_size: int = 4
+    micro_batch_size: int = 2
     warmup_share: float = 0.1
     seed: int = 0
 
