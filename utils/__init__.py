@@ -1,1 +1,5 @@
 """What the three labs share. Flat: one subject a module, nothing imported until it is asked for."""
+
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported, so set before

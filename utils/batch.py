@@ -201,7 +201,7 @@ _SEEN = {
     "few (95 % interval of the change {rouge1_few_shot_gain}); three families told apart by their masks",
     "week2": "ROUGE-1 from {rouge1_base:.3f} to {rouge1_lora:.3f} by LoRA (95 % interval of the gain {rouge1_gain})",
     "week3": "KL from {kl_first_rollout:.1f} to {kl_final:.1f} nats while the reward rises (95 % interval {reward_gain}) and the "
-    "share of hostile summaries goes from {hostile_share_sft:.2f} to {hostile_share_ppo:.2f}",
+    "share of hostile summaries goes from {hostile_share_sft:.2f} to {hostile_share_ppo:.2f} (interval {hostile_change})",
 }
 
 

@@ -110,6 +110,16 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torc
     return input_ids.to(device), attention_mask.to(device)
 
 
+def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `pad_left`, with the padding at the other end: what encoders with absolute positions need."""
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences], True, pad_token_id
+    )
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return input_ids.to(device), attention_mask.to(device)
+
+
 def completion_length(token_ids: Sequence[int], eos_ids: Sequence[int]) -> int:
     """How many tokens a completion has: up to and with the first EOS, all of them where there is none.
 
@@ -150,7 +160,8 @@ def generate(
         with progress(total=len(encoded), description=description, disable=not show_progress) as bar:
             for start in range(0, len(by_length), batch_size):
                 rows = by_length[start : start + batch_size]
-                input_ids, attention_mask = pad_left([encoded[i] for i in rows], tokenizer.pad_token_id, model.device)
+                pad = pad_right if model.config.is_encoder_decoder else pad_left
+                input_ids, attention_mask = pad([encoded[i] for i in rows], tokenizer.pad_token_id, model.device)
                 extra = {}
                 if each > 1 and not model.config.is_encoder_decoder:
                     extra["past_key_values"] = _read_once(model, input_ids, attention_mask, each)

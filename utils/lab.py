@@ -150,7 +150,6 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
 def quiet_libraries() -> None:
     """Silence messages that say nothing about the lab and would differ from run to run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")
     import datasets

@@ -118,7 +118,7 @@ def resolve(name: str | os.PathLike) -> Path:
     if name in EMBEDDED:
         return _resolve_embedded(name, EMBEDDED[name])
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _check_folder(folder)
     return _resolve_hub(name)
 
@@ -247,8 +247,10 @@ def _is_complete(folder: Path) -> bool:
     """Whether every file that the conversion wrote is there with the size it had."""
     try:
         sizes = json.loads((folder / "complete.json").read_text())
-        return all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError):
+        return "model.safetensors" in sizes and all(
+            (folder / file).stat().st_size == size for file, size in sizes.items()
+        )
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.generation import Completion, base_model, generate, pad_left
+from utils.generation import Completion, base_model, generate, pad_left, pad_right
 from utils.lab import LabError, progress
 from utils.prompts import encode
 
@@ -466,7 +466,7 @@ class PPOTrainer:
     def _forward(self, model: nn.Module, rollout: Rollout, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, value and entropy of every completion token of `rows`, each (rows, longest of them), fp32."""
         completions = [rollout.completions[i].token_ids for i in rows]
-        targets = _pad_right(completions, self.tokenizer.pad_token_id).to(model.device)
+        targets, _ = pad_right(completions, self.tokenizer.pad_token_id, model.device)
         mask = rollout.mask[rows][:, : targets.shape[1]].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
             if model.config.is_encoder_decoder:
@@ -504,16 +504,16 @@ class PPOTrainer:
         )
         index = torch.tensor(index, device=model.device)
         last = read.last_hidden_state[index, -1:]
-        answers = _pad_right(completions, self.tokenizer.pad_token_id)[:, :-1].to(model.device)
+        # the last token of a completion predicts nothing
+        answers, answer_mask = pad_right([ids[:-1] for ids in completions], self.tokenizer.pad_token_id, model.device)
         if answers.shape[1] == 0:
             return last
-        lengths = torch.tensor([len(ids) - 1 for ids in completions], device=model.device)
         positions = torch.arange(answers.shape[1], device=model.device)
         cache = read.past_key_values
         cache.batch_select_indices(index)
         hidden = _trunk(model)(
             input_ids=answers,
-            attention_mask=torch.cat([prompt_mask[index], (positions < lengths[:, None]).long()], 1),
+            attention_mask=torch.cat([prompt_mask[index], answer_mask], 1),
             position_ids=prompt_mask[index].sum(1, keepdim=True) + positions,
             past_key_values=cache,
         ).last_hidden_state
@@ -521,12 +521,11 @@ class PPOTrainer:
 
     def _encoder_decoder(self, model, prompt_ids, targets) -> tuple[Tensor, Tensor]:
         """Decoder hidden states and logits, (rows, completion, ...). The first generated token is predicted from the start token."""
-        inputs = _pad_right(prompt_ids, self.tokenizer.pad_token_id).to(model.device)
-        lengths = torch.tensor([len(ids) for ids in prompt_ids], device=model.device)
+        inputs, attention_mask = pad_right(prompt_ids, self.tokenizer.pad_token_id, model.device)
         start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
         output = model(
             input_ids=inputs,
-            attention_mask=(torch.arange(inputs.shape[1], device=model.device) < lengths[:, None]).long(),
+            attention_mask=attention_mask,
             decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
             output_hidden_states=True,
             use_cache=False,
@@ -648,14 +647,6 @@ def _hidden_size(model: nn.Module) -> int:
 
 def _float_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
-
-
-def _pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences],
-        batch_first=True,
-        padding_value=pad_token_id,
-    )
 
 
 def _store(target: Tensor, rows: list[int], values: Tensor) -> None:

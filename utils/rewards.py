@@ -48,9 +48,11 @@ class PreferenceModel:
 
     def encode(self, prompt: str, completion: str) -> list[int]:
         """Token ids of one text or pair; where the two do not fit together the prompt is cut."""
-        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        limit = _longest(self.model, self.tokenizer)
         if self.reads_prompt:
-            return self.tokenizer(prompt, completion, truncation="only_first", max_length=limit).input_ids
+            fits = len(self.tokenizer(completion).input_ids) < limit // 2
+            cut = "only_first" if fits else "longest_first"
+            return self.tokenizer(prompt, completion, truncation=cut, max_length=limit).input_ids
         return self.tokenizer(completion, truncation=True, max_length=limit).input_ids
 
     @torch.no_grad()
@@ -130,11 +132,21 @@ def embed(
     """Sentence embeddings, (texts, hidden) fp32 of length 1: the mean of the encoder's last hidden states over real tokens."""
     rows = []
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt")
-        batch = batch.to(model.device)
+        batch = tokenizer(
+            list(texts[start : start + batch_size]),
+            padding=True,
+            truncation=True,
+            max_length=_longest(model, tokenizer),
+            return_tensors="pt",
+        ).to(model.device)
         hidden, mask = model(**batch).last_hidden_state.float(), batch.attention_mask[..., None]
         rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(rows).cpu()
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens the encoder can read; some tokenizers do not know it."""
+    return min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 
 class CivilityJudge:
@@ -146,6 +158,9 @@ class CivilityJudge:
 
     def fit(self, texts: Sequence[str], labels: Sequence[str], *, l2: float = 1e-3) -> CivilityJudge:
         """Fit to `labels` `"civil"` and `"hostile"` by L-BFGS: no randomness, the same weights every time."""
+        unknown = set(labels) - {"civil", "hostile"}
+        if unknown:
+            raise DataError(f"The label {min(unknown)!r} is neither 'civil' nor 'hostile'.")
         x = embed(self.encoder, self.tokenizer, texts)
         y = torch.tensor([label == "hostile" for label in labels], dtype=torch.float32)
         self.weight, self.bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)

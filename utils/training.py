@@ -27,6 +27,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from trl import SFTConfig, SFTTrainer
 
 from utils.generation import base_model
@@ -58,7 +59,7 @@ def lora_config(
     target: str | list[str] = "all-linear"
     if upper_share < 1:
         first = round(model.config.num_hidden_layers * (1 - upper_share))
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         # "model.layers.7.mlp.up_proj": the first number in the name is that of the block; the head has none
         target = [name for name in linear if (block := re.search(r"\.(\d+)\.", name)) and int(block[1]) >= first]
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type=task)
@@ -80,15 +81,17 @@ def fine_tune(
     """
     if not any(label != IGNORED for example in examples for label in example["labels"]):
         raise LabError("No example has a label to learn: every label is -100. Build examples with `encode_example`.")
+    micro = min(config.micro_batch_size, config.batch_size)
+    if config.batch_size % micro:
+        raise LabError(f"batch_size={config.batch_size} must be a multiple of micro_batch_size={micro}.")
     torch.manual_seed(config.seed)
     if adapter is not None:
         model = get_peft_model(model, adapter)
-    micro = min(config.micro_batch_size, config.batch_size)
     with tempfile.TemporaryDirectory() as scratch:
         shared = dict(
             output_dir=scratch,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=max(1, config.batch_size // micro),
+            gradient_accumulation_steps=config.batch_size // micro,
             num_train_epochs=config.epochs,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
@@ -105,9 +108,14 @@ def fine_tune(
             seed=config.seed,
         )
         bar = ProgressBar(description)
-        dataset = Dataset.from_list([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
+        columns = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
+        if (
+            not model.config.is_encoder_decoder
+        ):  # nothing predicts the first token, and the trainer would count its label
+            columns = [{**e, "labels": [IGNORED, *e["labels"][1:]]} for e in columns]
+        dataset = Dataset.from_list(columns)
         if model.config.is_encoder_decoder:
-            trainer = Seq2SeqTrainer(
+            trainer = _EncoderDecoderTrainer(
                 model=model,
                 args=Seq2SeqTrainingArguments(**shared),
                 train_dataset=dataset,
@@ -138,10 +146,25 @@ class _CompletionTrainer(SFTTrainer):
         hidden = causal.base_model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).last_hidden_state
-        logits = causal.get_output_embeddings()(hidden[:, :-1][keep]).float()
-        targets = inputs["labels"][:, 1:][keep]
-        count = keep.sum() if num_items_in_batch is None else num_items_in_batch
-        return F.cross_entropy(logits, targets, reduction="sum") / count
+        logits = causal.get_output_embeddings()(hidden[:, :-1][keep])
+        return _mean_over_step(logits, inputs["labels"][:, 1:][keep], num_items_in_batch)
+
+
+class _EncoderDecoderTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer whose loss is a mean over the tokens of a whole step; T5's own is one over each micro-batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        keep = labels != IGNORED
+        return _mean_over_step(logits[keep], labels[keep], num_items_in_batch)
+
+
+def _mean_over_step(
+    logits: torch.Tensor, labels: torch.Tensor, tokens_of_step: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Cross-entropy of (tokens, vocabulary) logits, divided by the label count of all micro-batches of the step."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / (len(labels) if tokens_of_step is None else tokens_of_step)
 
 
 def _labelled_positions(labels: torch.Tensor) -> torch.Tensor:
