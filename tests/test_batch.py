@@ -29,7 +29,8 @@ def small_lab(tmp_path, monkeypatch):
     """Makes `week1` a notebook of a few lines whose last cell is `code`."""
 
     def make(code):
-        notebook = nbformat.v4.new_notebook()
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
         parameters = nbformat.v4.new_code_cell(
             "X = 1\nOUTPUT = None\nPROFILE = 'interactive'\nN_EVAL = 0\nMAX_NEW_TOKENS = 0\nSHOTS = []\nN_SETTINGS = 0"
         )

@@ -338,12 +338,12 @@ def test_a_setting_that_changes_the_sampled_distribution_is_refused(tiny):
         make_trainer(*tiny, generation_kwargs={"top_k": 5})
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.25])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_come_from_the_distribution_that_is_scored(tiny, temperature):
     """Over many samples of one token, -log p averages to the entropy of the scored distribution."""
     model, tokenizer = tiny
     for parameter in model.get_output_embeddings().parameters():
-        parameter.data *= 8.0  # far from uniform
+        parameter.data *= {"llama": 8.0, "gpt2": 4.0, "t5": 0.5}[model.config.model_type]  # neither uniform nor certain
     trainer = make_trainer(
         model, tokenizer, peft=False, temperature=temperature, max_new_tokens=1, num_completions=2000,
         batch_size=1, minibatch_size=2000, micro_batch_size=2000,

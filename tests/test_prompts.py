@@ -32,9 +32,8 @@ def with_own_special_tokens(tokenizer):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_without_shots_the_prompt_is_one_question_that_holds_the_dialogue(template):
-    for model_turns in (True, False):
-        (message,) = summary_prompt(DIALOGUE, template=template, model_turns=model_turns)
-        assert message == {"role": "user", "content": TEMPLATES[template].replace("{dialogue}", DIALOGUE)}
+    (message,) = summary_prompt(DIALOGUE, template=template)
+    assert message == {"role": "user", "content": TEMPLATES[template].replace("{dialogue}", DIALOGUE)}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -87,11 +87,21 @@ def run_lab(lab: str, profile: str, overrides: dict[str, Any] | None = None, out
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+OFFLINE_PAGE = """{% extends "lab/index.html.j2" %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+
+
 def write_html(source: Path, target: Path) -> None:
-    """Convert a notebook to one HTML file that needs no network: no MathJax and no require.js from a CDN."""
+    """Convert a notebook to one HTML file that needs no network: nothing in it is fetched from a CDN."""
+    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", exclude_input_prompt=True)
+    exporter = HTMLExporter(
+        mathjax_url="",
+        require_js_url="",
+        jquery_url="",
+        extra_loaders=[DictLoader({"offline.html.j2": OFFLINE_PAGE})],
+        template_file="offline.html.j2",
+    )
     page, _ = exporter.from_filename(str(source))
     write_atomically(target, page)
 
