@@ -356,6 +356,7 @@ def test_a_damaged_file_is_an_error_that_says_where_and_what(tmp_path, name, con
     with pytest.raises(DataError) as caught:
         load_dialogues(tmp_path / name)
     assert [part for part in said if part not in str(caught.value)] == []
+    assert "DataError" not in str(caught.value)  # one message, not a message in a message
 
 
 def test_half_a_parquet_file_is_damaged(tmp_path):
@@ -370,8 +371,9 @@ def test_a_file_or_split_that_is_not_there(tmp_path):
         load_dialogues(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"none\.csv does not exist"):
         load_dialogues("none.csv")
-    with pytest.raises(DataError, match=r"/none does not exist"):
-        load_dialogues(tmp_path / "none")
+    for path in (tmp_path / "none", "/none"):
+        with pytest.raises(DataError, match=r"/none does not exist"):
+            load_dialogues(path)
     with pytest.raises(DataError, match=r"no test\.jsonl \(nor \.csv, \.parquet\) for the split 'test'"):
         load_dialogues(tmp_path, "test")
     with pytest.raises(DataError, match="no split 'dev': choose one of train, validation, test"):
@@ -391,3 +393,9 @@ def test_preferences_and_civility_are_checked_too(tmp_path):
 
 def test_a_data_error_is_a_lab_error():
     assert issubclass(DataError, LabError)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    for name, text in (("t.csv", "id,dialogue,summary,topic\na,b,c,d\n"), ("t.jsonl", lines(ROW))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert "id" in load_dialogues(tmp_path / name).column_names

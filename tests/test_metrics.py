@@ -10,7 +10,7 @@ from rouge_score import rouge_scorer
 
 from utils.data import load_dialogues
 from utils.lab import LabError
-from utils.metrics import ROUGE, bootstrap_interval, copied_share, rouge, rouge_l, rouge_n, verdict
+from utils.metrics import ROUGE, RougeMetric, bootstrap_interval, copied_share, rouge, rouge_l, rouge_n, verdict
 
 VOCABULARY = ["the", "The", "cat", "sat", "on", "mat.", "#Person1#", "don't", "7,50", "x2", "naïve", "–", "re-read"]
 KINDS = sorted(ROUGE)
@@ -214,3 +214,10 @@ def test_copied_share_by_hand():
     assert copied_share("a b c d x", "a b c d e", n=1) == pytest.approx(4 / 5)
     assert copied_share("a b c a b c", "a b c", n=3) == pytest.approx(2 / 4)  # a copy that repeats is still a copy
     assert copied_share("c b a", "a b c", n=3) == 0
+
+
+def test_the_metric_of_evaluate_gives_the_mean_of_each_kind():
+    predictions, references = ["the cat sat", "a dog"], [["the cat ran", "no"], ["a dog", "the dog"]]
+    scores = RougeMetric().compute(predictions=predictions, references=references)
+    assert scores == {kind: pytest.approx(rouge(predictions, references, kind).mean()) for kind in ROUGE}
+    assert RougeMetric().compute(predictions=["a"], references=["a"])["rouge1"] == 1.0

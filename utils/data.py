@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 
-from utils.lab import ROOT, LabError
+from utils.lab import ROOT, LabError, one_line
 
 DATA = ROOT / "data"
 DIALOGUE_COLUMNS = ("id", "dialogue", "summary", "topic")
@@ -102,7 +102,7 @@ def _read_file(path: Path) -> Rows:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
         if path.suffix == ".csv":
-            with open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8-sig", newline="") as file:
                 return [(n, _without_overflow(row, path, n)) for n, row in enumerate(csv.DictReader(file), 1)]
         if path.suffix == ".parquet":
             return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
@@ -113,13 +113,13 @@ def _read_file(path: Path) -> Rows:
     except Exception as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}).") from error
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {one_line(error)}).") from error
     raise DataError(f"{path} is neither {', '.join(SUFFIXES)}: convert it to one of these.")
 
 
 def _read_jsonl(path: Path) -> Rows:
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -175,5 +175,5 @@ def _checked(rows: Rows, where: str, columns: Sequence[str], *, unique: str) -> 
         return Dataset.from_list([{column: row.get(column) for column in every} for _, row in rows])
     except (pyarrow.ArrowException, UnicodeError, TypeError) as error:
         raise DataError(
-            f"{where} does not make a table ({str(error).splitlines()[0]}): give each column values of one kind."
+            f"{where} does not make a table ({one_line(error)}): give each column values of one kind, in valid Unicode."
         ) from error

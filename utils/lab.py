@@ -24,6 +24,11 @@ class LabError(Exception):
     """Something the reader can put right; the message is one sentence that says how."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, for a sentence that quotes it."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
 class Lab:
     """One run of one lab.
 

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from utils.lab import LabError
+from utils.lab import LabError, one_line
 
 DECODER, ENCODER_DECODER, ENCODER = "decoder-only", "encoder-decoder", "encoder-only"
 
@@ -155,7 +155,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the loaders raise a dozen types; a learner needs the file and the reason
         raise ModelFileError(
-            f"The model in {folder} cannot be read ({type(error).__name__}: {_first_line(error)}): "
+            f"The model in {folder} cannot be read ({type(error).__name__}: {one_line(error)}): "
             "download or save it again."
         ) from error
     if tokenizer.pad_token is None:
@@ -304,10 +304,6 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def main() -> int:

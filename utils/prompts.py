@@ -69,7 +69,7 @@ def encode_example(
     """
     inputs = encode(tokenizer, prompt)
     target = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if len(target) >= max_length:
+    if len(target) > max_length - (not encoder_decoder):  # a decoder-only model needs a token to predict it from
         raise LabError(f"A completion of {len(target)} tokens does not fit in max_length={max_length}: raise it.")
     if encoder_decoder:
         return {"input_ids": inputs[-max_length:], "labels": target}
