@@ -1,11 +1,13 @@
 """Batched generation for decoder-only and encoder-decoder models, and an attention function that decodes fast on a CPU.
 
 Left out of what `transformers` offers: beams shared over devices, assisted decoding, streaming. `generate` sorts the
-prompts by length so that a batch holds little padding, and returns the completions in the order of the prompts.
+prompts by length so that a batch holds little padding, reads what all prompts begin with (the worked examples) once,
+and returns the completions in the order of the prompts.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -143,7 +145,7 @@ def generate(
     """Completions of each prompt, in order. `settings` are fields of `GenerationConfig`; the default is greedy, 64 tokens.
 
     `batch_size` counts prompts. With `completions_per_prompt` above 1 (for sampling) the completions of one prompt follow
-    each other, and a decoder-only model reads each prompt once for all of them.
+    each other. A decoder-only model reads each prompt once for all of them, and what all prompts begin with once.
     Prompts are strings or chat messages. The model is in evaluation mode meanwhile and left as it was.
     """
     config = generation_config(model, tokenizer, **settings)
@@ -156,15 +158,27 @@ def generate(
     was_training = model.training
     model.eval()
     base.generation_config = config
+    shared = _shared_prefix(model, encoded)
     try:
+        prefix = _read(model, torch.tensor([shared]).to(model.device)) if shared else None
         with progress(total=len(encoded), description=description, disable=not show_progress) as bar:
-            for start in range(0, len(by_length), batch_size):
-                rows = by_length[start : start + batch_size]
+            for first_row in range(0, len(by_length), batch_size):
+                rows = by_length[first_row : first_row + batch_size]
                 pad = pad_right if model.config.is_encoder_decoder else pad_left
-                input_ids, attention_mask = pad([encoded[i] for i in rows], tokenizer.pad_token_id, model.device)
+                rest = [encoded[i][len(shared) :] for i in rows]
+                input_ids, attention_mask = pad(rest, tokenizer.pad_token_id, model.device)
                 extra = {}
+                if shared:  # the padding stands between what is shared and the rest; positions do not count it
+                    cache = copy.deepcopy(prefix)
+                    cache.batch_repeat_interleave(len(rows))
+                    extra["past_key_values"] = cache
+                    start = torch.tensor(shared, device=model.device).expand(len(rows), -1)
+                    input_ids = torch.cat([start, input_ids], 1)
+                    attention_mask = torch.cat([torch.ones_like(start), attention_mask], 1)
                 if each > 1 and not model.config.is_encoder_decoder:
-                    extra["past_key_values"] = _read_once(model, input_ids, attention_mask, each)
+                    cache = _read(model, input_ids[:, :-1], attention_mask[:, :-1], extra.get("past_key_values"))
+                    cache.batch_repeat_interleave(each)
+                    extra["past_key_values"] = cache
                 output = model.generate(
                     input_ids=input_ids.repeat_interleave(each, 0),
                     attention_mask=attention_mask.repeat_interleave(each, 0),
@@ -184,16 +198,30 @@ def generate(
     return completions
 
 
-def _read_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, each: int) -> DynamicCache:
-    """Keys and values of all prompt tokens but the last, which `generate` reads itself, repeated `each` times."""
-    cache = DynamicCache(config=base_model(model).config)
-    if input_ids.shape[1] > 1:
+def _shared_prefix(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Tokens that all prompts begin with, where reading them once saves something; every prompt keeps one of its own."""
+    learned_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    if model.config.is_encoder_decoder or learned_prompt or len(prompts) < 2:
+        return []
+    shortest = min(map(len, prompts))
+    differ = (i for i, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    length = min(next(differ, shortest), shortest - 1)
+    return list(prompts[0][:length]) if length >= 16 else []
+
+
+def _read(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None
+) -> DynamicCache:
+    """Keys and values of `input_ids` (batch, length), of which `cache` may hold the beginning already."""
+    cache = DynamicCache(config=base_model(model).config) if cache is None else cache
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    known = cache.get_seq_length()
+    if input_ids.shape[1] > known:
         model(
-            input_ids=input_ids[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=(attention_mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+            input_ids=input_ids[:, known:],
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)[:, known:],
             past_key_values=cache,
             logits_to_keep=1,
         )
-    cache.batch_repeat_interleave(each)
     return cache
