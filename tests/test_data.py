@@ -1,7 +1,10 @@
 """The project's own data against its datasheet, and the readers with good and with damaged files."""
 
+import ast
 import csv
+import datetime
 import json
+import operator
 import re
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -10,43 +13,38 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasheet import (
+    README,
+    SPLITS,
+    benchmark,
+    chance,
+    choices,
+    figures,
+    kept,
+    longest_is_right,
+    most_common,
+    near_duplicates,
+    own_dialogues,
+    spoken,
+    variety,
+    words,
+)
 
-from utils.data import DataError, by_dialogue, load_civility, load_dialogues, load_preferences
+from utils.data import (
+    DATA,
+    DataError,
+    by_dialogue,
+    dialogue_id,
+    load_civility,
+    load_dialogues,
+    load_preferences,
+    load_tasks,
+)
 from utils.lab import LabError
+from utils.prompts import task_example
 
-SPLITS = ("train", "validation", "test")
 FLAWS = {"hostile", "copied", "invented", "missed", "rambling"}
 ROW = {"id": "train_0", "dialogue": "#Person1#: Hi.\n#Person2#: Bye.", "summary": "They greet.", "topic": "greet"}
-
-
-def words(text):
-    return re.findall(r"[a-z0-9']+", text.lower())
-
-
-def spoken(dialogue):
-    """The dialogue without the names of the speakers before each turn."""
-    return re.sub(r"^#Person\d#:", "", dialogue, flags=re.MULTILINE)
-
-
-def dialogue_id(row, split):
-    """`test_7_2` is the second reference of dialogue `test_7`, as in DialogSum."""
-    return row["id"].rsplit("_", 1)[0] if split == "test" else row["id"]
-
-
-def near_duplicates(texts):
-    """Pairs of `(owner, text)` with different owners that share over 30 % of the word 5-grams of one of the two."""
-    grams, holders = [], defaultdict(set)
-    for i, (_, text) in enumerate(texts):
-        listed = words(text.replace("#", " "))
-        grams.append({tuple(listed[j : j + 5]) for j in range(len(listed) - 4)})
-        for gram in grams[-1]:
-            holders[gram].add(i)
-    shared = Counter(pair for same in holders.values() for pair in combinations(sorted(same), 2))
-    return [
-        (texts[i], texts[j])
-        for (i, j), count in shared.items()
-        if texts[i][0] != texts[j][0] and count > 0.3 * min(len(grams[i]), len(grams[j]))
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def test_no_dialogue_stands_in_two_splits_or_twice_in_one(own):
 def test_the_test_split_has_100_dialogues_with_three_references_each(own):
     groups = defaultdict(list)
     for row in own["test"]:
-        groups[dialogue_id(row, "test")].append(row)
+        groups[dialogue_id(row["id"], "test")].append(row)
     assert set(groups) == {f"test_{i}" for i in range(100)}
     for name, group in groups.items():
         assert [row["id"] for row in group] == [f"{name}_{k}" for k in (1, 2, 3)]
@@ -123,13 +121,13 @@ def test_the_civil_summary_differs_exactly_where_the_dialogue_is_heated(rows):
 
 
 def test_no_two_dialogues_are_near_duplicates(own):
-    distinct = {row["dialogue"]: dialogue_id(row, split) for split in SPLITS for row in own[split]}
+    distinct = {row["dialogue"]: dialogue_id(row["id"], split) for split in SPLITS for row in own[split]}
     assert near_duplicates([(name, spoken(text)) for text, name in distinct.items()]) == []
 
 
 def test_no_two_summaries_of_different_dialogues_are_near_duplicates(own):
     texts = {
-        (dialogue_id(row, split), row[column])
+        (dialogue_id(row["id"], split), row[column])
         for split in SPLITS for row in own[split] for column in ("summary", "civil_summary")
     }  # fmt: skip
     assert near_duplicates(sorted(texts)) == []
@@ -166,7 +164,7 @@ def test_preferences_have_their_columns_and_every_flaw_equally_often(preferences
 
 def test_every_preference_is_about_a_dialogue_of_its_own_split(own, preferences):
     for split, pairs in preferences.items():
-        known = {dialogue_id(row, split) for row in own[split]}
+        known = {dialogue_id(row["id"], split) for row in own[split]}
         assert [pair["id"] for pair in pairs if pair["dialogue_id"] not in known] == []
 
 
@@ -190,6 +188,315 @@ def test_civility_sentences_are_different_and_half_of_them_hostile():
     assert all(set(row) == {"text", "label"} for row in sentences)
     assert len({tuple(words(row["text"])) for row in sentences}) == 440
     assert 0.45 < sum(row["label"] == "hostile" for row in sentences) / 440 < 0.55
+
+
+# --- the project's own tasks -------------------------------------------------------------------------------------
+
+TASKS = load_tasks()
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_has_80_items_and_6_wordings(task):
+    assert [row["id"] for row in task.rows] == [f"{task.name}_{i}" for i in range(80)]
+    assert Counter(task.rows["split"]) == {"train": 60, "test": 20}
+    assert len(set(task.templates)) >= 5
+    assert near_duplicates([(str(i), template) for i, template in enumerate(task.templates)]) == []
+
+
+def test_tasks_are_grouped_so_that_a_cluster_can_be_held_out_and_six_are_left():
+    assert len(TASKS) >= 8
+    assert len({task.cluster for task in TASKS.values()}) >= 7
+    assert sum(bool(task.reasoning_templates) for task in TASKS.values()) == 2
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_item_can_be_asked_in_every_wording(task):
+    for row in task.rows:
+        for number in range(len(task.templates)):
+            (message,), answer = task_example(task, row, number)
+            assert answer == row["answer"]
+            assert all(row[field] in message["content"] for field in task.fields)
+        for number in range(len(task.reasoning_templates)):
+            _, answer = task_example(task, row, number, reasoning=True)
+            assert answer.startswith(row["reasoning"])
+            assert answer.endswith(f"So the answer is {row['answer']}.")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_dialogue_serves_one_item_of_a_task(task):
+    if "dialogue_id" in task.rows.column_names:
+        assert len(set(task.rows["dialogue_id"])) == 80
+
+
+def test_no_two_items_of_any_task_are_near_duplicates():
+    own = {"sentiment": "options", "intent": "options", "topic": "options", "summary": "answer", "paraphrase": "sentence1",
+           "question_answering": "question", "arithmetic": "problem", "next_turn": "answer"}  # fmt: skip
+    texts = [
+        (row["id"], " ".join(row[column]) if isinstance(row[column], list) else row[column])
+        for name, task in TASKS.items()
+        for column in [own.get(name, "statement")]
+        for row in task.rows
+    ]
+    assert near_duplicates(texts) == []
+
+
+def test_the_next_turn_is_the_next_turn_of_its_dialogue():
+    dialogues = own_dialogues()
+    for row in TASKS["next_turn"].rows:
+        assert dialogues[row["dialogue_id"]].startswith(f"{row['beginning']}\n{row['speaker']}: {row['answer']}"), row[
+            "id"
+        ]
+
+
+def test_paraphrases_cannot_be_told_by_the_words_they_share():
+    overlap = {"yes": [], "no": []}
+    for row in TASKS["paraphrase"].rows:
+        one, other = set(words(row["sentence1"])), set(words(row["sentence2"]))
+        overlap[row["answer"]].append(len(one & other) / len(one | other))
+    means = {label: sum(shares) / len(shares) for label, shares in overlap.items()}
+    assert abs(means["yes"] - means["no"]) < 0.1
+
+
+OPERATIONS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg,
+    ast.Not: operator.not_, ast.And: all, ast.Or: any,
+}  # fmt: skip
+
+
+def value_of(node):
+    """The value of an expression of numbers or truth values; data is never given to `eval`."""
+    if isinstance(node, str):
+        return value_of(ast.parse(node, mode="eval").body)
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | bool):
+        return node.value
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return OPERATIONS[type(node.op)](value_of(node.operand))
+    if isinstance(node, ast.BoolOp):
+        return OPERATIONS[type(node.op)](map(value_of, node.values))
+    raise ValueError(f"no such expression: {ast.dump(node)}")
+
+
+def test_the_answers_of_the_word_problems_and_every_step_to_them_are_right():
+    for row in TASKS["arithmetic"].rows:
+        hours = re.fullmatch(r"(\d\d):(\d\d)", row["answer"])
+        answer = int(hours[1]) * 60 + int(hours[2]) if hours else int(row["answer"])
+        assert value_of(row["check"]) == answer, row["id"]
+        for left, right in re.findall(r"(\d+(?: [-+*/] \d+)+) = (\d+)", row["reasoning"]):
+            assert value_of(left) == int(right), row["id"]
+        assert row["answer"] in row["reasoning"].rstrip(".")[-len(row["answer"]) - 25 :], row["id"]
+
+
+# --- the mini-benchmarks -----------------------------------------------------------------------------------------
+
+SIZES = {"glue/sentiment": 80, "glue/paraphrase": 80, "glue/entailment": 80, "superglue/boolq": 60, "superglue/copa": 60,
+         "bbh/object_counting": 50, "bbh/date_arithmetic": 50, "bbh/boolean_expressions": 50, "bbh/tracking_swaps": 50}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_a_benchmark_has_its_size_and_its_ids(name, size):
+    assert [row["id"] for row in benchmark(name)] == [f"{name.split('/')[1]}_{i}" for i in range(size)]
+
+
+def test_the_mmlu_style_set_has_12_subjects_of_12_and_every_position_is_right_3_times():
+    rows = benchmark("mmlu/*")
+    assert len({row["subject"] for row in rows}) == 12
+    for subject in {row["subject"] for row in rows}:
+        mine = [row for row in rows if row["subject"] == subject]
+        assert len(mine) == 12
+        assert Counter(row["answer"] for row in mine) == dict.fromkeys(range(4), 3)
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+
+
+def test_no_two_benchmark_items_are_near_duplicates():
+    texts = []
+    for name in (*SIZES, "mmlu/*"):
+        for row in benchmark(name):
+            column = next(c for c in ("passage", "premise", "sentence", "sentence1", "input", "question") if c in row)
+            texts.append((row["id"] + name, row[column].split("\n(A)")[0]))
+    assert near_duplicates(texts) == []
+
+
+def test_counted_objects_are_counted_right():
+    for row in benchmark("bbh/object_counting"):
+        counted = row["program"]["count"]
+        assert str(sum(number for number, _, wanted in counted if wanted)) == row["target"], row["id"]
+        assert all(noun in row["input"] for _, noun, _ in counted), row["id"]
+
+
+def test_truth_values_are_right():
+    for row in benchmark("bbh/boolean_expressions"):
+        assert row["program"]["expression"] in row["input"]
+        assert str(value_of(row["program"]["expression"])) == row["target"], row["id"]
+
+
+def shifted(start, months):
+    count = start.year * 12 + start.month - 1 + months
+    return start.replace(year=count // 12, month=count % 12 + 1)
+
+
+def date_answer(start, op, n=0, end=None):
+    start, days = datetime.date.fromisoformat(start), datetime.timedelta(days=n)
+    return {
+        "add_days": lambda: start + days,
+        "sub_days": lambda: start - days,
+        "add_months": lambda: shifted(start, n),
+        "weekday_after_days": lambda: f"{start + days:%A}",
+        "weekday_before_days": lambda: f"{start - days:%A}",
+        "days_between": lambda: abs((datetime.date.fromisoformat(end) - start).days),
+    }[op]()
+
+
+def test_dates_are_right():
+    for row in benchmark("bbh/date_arithmetic"):
+        assert str(date_answer(**row["program"])) == row["target"], row["id"]
+
+
+def test_swaps_are_tracked_right():
+    for row in benchmark("bbh/tracking_swaps"):
+        holds = dict(row["program"]["start"])
+        for one, other in row["program"]["swaps"]:
+            holds[one], holds[other] = holds[other], holds[one]
+        ask = row["program"]["ask"]
+        answer = holds[ask] if ask in holds else next(who for who, what in holds.items() if what == ask)
+        options = dict(re.findall(r"^(\([A-E]\)) (.*)$", row["input"], re.MULTILINE))
+        assert options[row["target"]] == answer, row["id"]
+        assert len(options) == len(set(options.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "file", sorted((DATA / "benchmarks" / "perturbed").glob("*.jsonl")), ids=lambda file: file.stem
+)
+def test_a_perturbed_copy_changes_words_and_nothing_else(file):
+    name, kind = file.stem.rsplit("_", 1)
+    originals = {row["id"]: row for row in benchmark(f"*/{name}") if row["id"].startswith(name)}
+    copies = benchmark(f"perturbed/{file.stem}")
+    assert len(copies) == len(originals) if kind == "typos" else len(copies) >= 30
+    assert [row["id"] for row in copies] == [i for i in originals if i in {row["id"] for row in copies}]
+    texts = {"premise", "hypothesis", "passage", "sentence", "choice1", "choice2"} | (
+        {"question"} if name == "boolq" else set()
+    )
+    for copy in copies:
+        original = originals[copy["id"]]
+        assert set(copy) == set(original)
+        assert {c: v for c, v in copy.items() if c not in texts} == {
+            c: v for c, v in original.items() if c not in texts
+        }
+        assert copy != original
+        for column in texts & set(copy):
+            assert len(copy[column].split()) == len(original[column].split()), copy["id"]
+
+
+def test_lm_eval_reads_every_benchmark_and_scores_it_right(tmp_path, monkeypatch):
+    """A model that always takes the first choice gets the share of rows whose first choice is right; one that writes a
+    sentence with the answer in it gets all of what it has to write."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    class FirstChoice(LM):
+        def loglikelihood(self, requests):
+            return [(-float(request.idx), False) for request in requests]
+
+        def generate_until(self, requests):
+            return [f" I think it is {request.doc['target']}, surely." for request in requests]
+
+        def loglikelihood_rolling(self, requests):
+            raise NotImplementedError
+
+    monkeypatch.chdir(tmp_path)  # from any folder
+    manager = TaskManager(include_path=str(DATA / "benchmarks"), include_defaults=False)
+    names = manager.all_subtasks
+    assert len(names) == len(list((DATA / "benchmarks").glob("*.yaml"))) == 19
+    results = simple_evaluate(model=FirstChoice(), tasks=names, task_manager=manager, bootstrap_iters=0)
+    for name in names:
+        samples, scores = results["samples"][name], results["results"][name]
+        asked = [sample["arguments"][0][0] for sample in samples]
+        assert len(set(asked)) == len(asked)
+        assert not any("{{" in text for text in asked)
+        if "acc,none" in scores:
+            key = "answer" if name == "lab_mmlu" else "label"
+            assert scores["acc,none"] == pytest.approx(sum(s["doc"][key] == 0 for s in samples) / len(samples)), name
+        else:
+            assert scores["exact_match,answer"] == 1.0, name
+
+
+# --- figures of the datasheet ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "parts"), choices().items(), ids=choices())
+def test_neither_position_nor_length_nor_a_common_label_gives_the_answer(name, parts):
+    options, right, labels = parts
+    count = Counter(right)
+    positions = max(map(len, options))
+    if not name.startswith("benchmarks/glue/entailment"):
+        assert max(count.values()) - min(count[i] for i in range(positions)) <= 2
+    fixed = len({frozenset(listed) for listed in options}) == 1
+    assert fixed or longest_is_right(options, right) <= chance(options) + 0.05
+    assert most_common(labels) <= chance(options) + 0.05
+
+
+def test_the_baselines_find_what_gives_an_answer_away():
+    assert longest_is_right([("a", "bbb"), ("cc", "d")], [1, 0]) == 1.0
+    assert longest_is_right([("aa", "bb"), ("cc", "d")], [1, 1]) == 0.25
+    assert most_common(["yes", "yes", "no"]) == pytest.approx(2 / 3)
+
+
+def test_dialogues_are_as_varied_as_real_ones():
+    """Against figures of DialogSum's validation split, kept in the datasheet."""
+    real = re.search(
+        r"DialogSum's validation split.*?([\d,]+) and ([\d,]+)", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    for ours, theirs in zip(variety(own_dialogues().values()), real.groups(), strict=True):
+        assert ours >= 0.9 * int(theirs.replace(",", ""))
+
+
+def test_variety_sees_repetition():
+    varied = [f"#Person1#: word{i} and word{i + 1}" for i in range(60)]
+    assert variety(varied, 100, 2) > variety(varied[:5] * 12, 100, 2)
+
+
+def test_the_datasheet_has_the_figures_of_the_data():
+    assert kept(README.read_text(encoding="utf-8")) == figures(), "run `python tests/datasheet.py --write`"
+
+
+def test_the_datasheet_names_every_file_and_how_many_rows_it_has():
+    listed = {}
+    for pattern, count in re.findall(
+        r"^\| `([^`]+\.(?:jsonl|txt))` \| ([\d,]+)", README.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        for file in (files := sorted(DATA.glob(pattern))):
+            assert file not in listed, f"{file.name} is named twice"
+            listed[file] = pattern
+        rows = [file.read_text(encoding="utf-8").count("\n") if pattern.endswith("jsonl") else 1 for file in files]
+        assert sum(rows) == int(count.replace(",", "")), pattern
+    assert set(listed) == {*DATA.rglob("*.jsonl"), *DATA.rglob("*.txt")}
+
+
+def test_every_file_is_utf_8_with_plain_line_ends():
+    for file in (file for file in DATA.rglob("*") if file.suffix in {".jsonl", ".txt", ".yaml", ".md"}):
+        text = file.read_bytes().decode("utf-8")
+        assert "\r" not in text, file.name
+        assert text.endswith("\n"), file.name
+        assert not text.startswith("\ufeff"), file.name
+
+
+# --- the corpus --------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_has_30_000_words_of_prose_and_no_phrase_in_two_texts():
+    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted((DATA / "corpus").glob("*.txt"))}
+    assert sum(len(text.split()) for text in texts.values()) >= 30_000
+    assert near_duplicates(list(texts.items())) == []
+    seen = defaultdict(set)
+    for name, text in texts.items():
+        listed = words(text)
+        for i in range(len(listed) - 7):
+            seen[tuple(listed[i : i + 8])].add(name)
+    assert [gram for gram, names in seen.items() if len(names) > 1] == []
+    assert all(re.match(r"\S.*\n\n\S", text) for text in texts.values())  # a title, an empty line, paragraphs
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Dialogues, preferences and civility labels: read, check, group.
+"""Dialogues, preferences, civility labels and instruction tasks: read, check, group.
 
 Every reader checks what it read and names the file, the row and the column of the first thing that is wrong.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import string
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import yaml
 from datasets import Dataset
 
 from utils.lab import ROOT, LabError, one_line
@@ -71,6 +74,80 @@ def load_civility(source: str | os.PathLike = DATA / "civility.jsonl") -> Datase
                 f"{where}, row {number}, column 'label': {row['label']!r} is neither 'civil' nor 'hostile'."
             )
     return _checked(rows, where, ("text", "label"), unique="text")
+
+
+@dataclass(frozen=True)
+class InstructionTask:
+    """One task of instruction tuning: its items, and several wordings of what is asked (Wei et al. 2021, "Finetuned
+    Language Models Are Zero-Shot Learners", section 2.1).
+
+    `rows` have `id`, `split`, `answer`, every name in `fields`, `options` where there is a choice, and `reasoning`
+    where `reasoning_templates` ask for it. `cluster` names the group of like tasks that is held out together.
+    """
+
+    name: str
+    cluster: str
+    fields: tuple[str, ...]
+    templates: tuple[str, ...]
+    reasoning_templates: tuple[str, ...]
+    rows: Dataset
+
+
+def load_tasks(
+    folder: str | os.PathLike = DATA / "tasks", dialogues: str | os.PathLike = DATA / "dialogues"
+) -> dict[str, InstructionTask]:
+    """The instruction tasks of `folder` by name: `<name>.jsonl` with the items, `<name>.yaml` with the wordings.
+
+    The items of `split` `train` are about training dialogues, those of `test` about held-out ones. Raises `DataError`.
+    """
+    folder = Path(folder)
+    texts = {
+        split: {dialogue_id(row["id"], split): row["dialogue"] for row in load_dialogues(dialogues, split)}
+        for split in ("train", "test")
+    }
+    found = sorted(folder.glob("*.yaml"))
+    if not found:
+        raise DataError(
+            f"The folder {folder} has no task (a .yaml file with its wordings, a .jsonl file with its items)."
+        )
+    return {path.stem: _load_task(path, texts) for path in found}
+
+
+def dialogue_id(row_id: str, split: str) -> str:
+    """`test_7` for `test_7_2`, the second reference of that dialogue, as DialogSum numbers its test split; else the id itself."""
+    return row_id.rsplit("_", 1)[0] if split == "test" else row_id
+
+
+def _load_task(path: Path, dialogues: dict[str, dict[str, str]]) -> InstructionTask:
+    try:
+        words = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields, templates = tuple(words["fields"]), tuple(words["templates"])
+        reasoning, cluster = tuple(words.get("reasoning_templates") or ()), words["cluster"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a task's wording ({type(error).__name__}: {one_line(error)}): it needs cluster, fields and templates."
+        ) from error
+    rows, where = _read(path.with_suffix(".jsonl"), "train")
+    for number, row in rows:
+        if "dialogue" in fields:
+            known = dialogues.get(row.get("split", ""), {})
+            if row.get("dialogue_id") not in known:
+                raise DataError(
+                    f"{where}, row {number}, column 'dialogue_id': {row.get('dialogue_id')!r} is no dialogue of the split {row.get('split')!r}."
+                )
+            row["dialogue"] = known[row["dialogue_id"]]
+        if "options" in row and row.get("answer") not in row["options"]:
+            raise DataError(f"{where}, row {number}, column 'answer': {row.get('answer')!r} is none of the options.")
+    columns = ("id", "split", "answer", *fields, *(("reasoning",) if reasoning else ()))
+    table = _checked(rows, where, columns, unique="id")
+    wanted = {*fields, *(("options",) if "options" in table.column_names else ())}
+    for template in (*templates, *reasoning):
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        if names != wanted:
+            raise DataError(
+                f"{path}: a template has the places {sorted(names)}, its task has {sorted(wanted)}: {template[:60]!r}."
+            )
+    return InstructionTask(path.stem, cluster, fields, templates, reasoning, table)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

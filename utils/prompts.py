@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from utils.data import InstructionTask
 from utils.lab import LabError
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -33,6 +34,26 @@ def summary_prompt(
         messages.append({"role": "user", "content": ask(dialogue=shot_dialogue)})
         messages.append({"role": "assistant", "content": shot_summary})
     return [*messages, {"role": "user", "content": ask(dialogue=dialogue)}]
+
+
+def task_example(
+    task: InstructionTask, row: Mapping, template: int = 0, *, reasoning: bool = False
+) -> tuple[list[dict[str, str]], str]:
+    """Chat messages that put one item of an instruction task in one of its wordings, and the answer to learn.
+
+    With `reasoning` the wording is one that asks to think first, and the answer gives the steps before the result (Wei et
+    al. 2022, "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models"). Raises `LabError` where the task has
+    no such wording.
+    """
+    wordings = task.reasoning_templates if reasoning else task.templates
+    if not 0 <= template < len(wordings):
+        kind = "reasoning wordings" if reasoning else "wordings"
+        raise LabError(f"The task {task.name!r} has {len(wordings)} {kind}, numbered from 0: there is no {template}.")
+    places = {name: row[name] for name in task.fields}
+    if row.get("options"):
+        places["options"] = "\n".join(f"- {option}" for option in row["options"])
+    answer = f"{row['reasoning']} So the answer is {row['answer']}." if reasoning else row["answer"]
+    return [{"role": "user", "content": wordings[template].format(**places)}], answer
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
