@@ -71,6 +71,38 @@ def test_a_batch_holds_prompts_of_like_length(tiny, monkeypatch):
     assert shapes == [(2, 20), (2, 1)]
 
 
+SHARED = (
+    "the cat sat on the mat and the dog ran to the big red house . the river "  # over the 16 tokens from which it pays
+)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(lively, batch_size, each):
+    model, tokenizer = lively
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    expected = [reference(model, tokenizer, prompt) for prompt in prompts for _ in range(each)]
+    seen = []  # by a hook: `generate` reads the signature of `forward` to know what the model takes
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given.get("input_ids")), with_kwargs=True)
+    done = write(
+        model, tokenizer, prompts, batch_size=batch_size, completions_per_prompt=each, do_sample=each > 1, top_k=1
+    )
+    assert [completion.token_ids for completion in done] == expected
+    if not model.config.is_encoder_decoder:
+        assert sum(ids.shape[1] >= 16 for ids in seen) == 1
+
+
+def test_a_prompt_that_another_begins_with_keeps_a_token_of_its_own(lively):
+    prompts = [SHARED, SHARED + "and"]
+    assert [c.token_ids for c in write(*lively, prompts)] == [reference(*lively, prompt) for prompt in prompts]
+
+
+def test_beam_search_over_prompts_that_begin_alike_is_that_of_each_alone(lively):
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    alone = [write(*lively, [prompt], num_beams=3)[0].token_ids for prompt in prompts]
+    assert [c.token_ids for c in write(*lively, prompts, num_beams=3)] == alone
+
+
 def test_no_prompts_give_no_completions(tiny):
     assert write(*tiny, []) == []
 

@@ -158,7 +158,8 @@ def generate(
     was_training = model.training
     model.eval()
     base.generation_config = config
-    shared = _shared_prefix(model, encoded)
+    reads_ahead = not model.config.is_encoder_decoder and (config.num_beams or 1) == 1  # beams reorder a cache of their own
+    shared = _shared_prefix(model, encoded) if reads_ahead else []
     try:
         prefix = _read(model, torch.tensor([shared]).to(model.device)) if shared else None
         with progress(total=len(encoded), description=description, disable=not show_progress) as bar:
@@ -175,7 +176,7 @@ def generate(
                     start = torch.tensor(shared, device=model.device).expand(len(rows), -1)
                     input_ids = torch.cat([start, input_ids], 1)
                     attention_mask = torch.cat([torch.ones_like(start), attention_mask], 1)
-                if each > 1 and not model.config.is_encoder_decoder:
+                if each > 1 and reads_ahead:
                     cache = _read(model, input_ids[:, :-1], attention_mask[:, :-1], extra.get("past_key_values"))
                     cache.batch_repeat_interleave(each)
                     extra["past_key_values"] = cache
@@ -201,7 +202,7 @@ def generate(
 def _shared_prefix(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[int]:
     """Tokens that all prompts begin with, where reading them once saves something; every prompt keeps one of its own."""
     learned_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if model.config.is_encoder_decoder or learned_prompt or len(prompts) < 2:
+    if learned_prompt or len(prompts) < 2:
         return []
     shortest = min(map(len, prompts))
     differ = (i for i, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)

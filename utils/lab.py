@@ -24,6 +24,10 @@ class LabError(Exception):
     """Something the reader can put right; the message is one sentence that says how."""
 
 
+class ExerciseError(LabError):
+    """An answer to an exercise is not right yet; the message says what is wrong with it."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, for a sentence that quotes it."""
     return (str(error).strip().splitlines() or ["no reason given"])[0]
