@@ -141,6 +141,123 @@ def ppo_curves(history: Sequence[Mapping[str, float]], title: str, kl_target: fl
     return figure
 
 
+GROUP_STYLES = (  # colour and shape both tell groups apart
+    (BLUE, "o"),
+    (ORANGE, "s"),
+    (GREEN, "^"),
+    (VERMILION, "D"),
+    ("#CC79A7", "P"),
+    (BLACK, "X"),
+)
+
+
+def tokens_per_word(shares: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """For each group of words the share cut into 1, 2, 3, and 4 or more tokens, as one bar of total length 1."""
+    figure = Figure(figsize=(7.2, 0.8 + 0.55 * len(shares)))
+    axis = figure.subplots()
+    left = [0.0] * len(shares)
+    for step, (label, colour) in enumerate(
+        zip(("1 token", "2 tokens", "3 tokens", "4 or more"), (BLUE, "#56B4E9", ORANGE, VERMILION), strict=True)
+    ):
+        widths = [share[step] for share in shares.values()]
+        axis.barh(range(len(shares)), widths, left=left, color=colour, edgecolor="white", label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.set_yticks(range(len(shares)), list(shares))
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of the words")
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
+    axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / len(shares) - 0.12))
+    figure.tight_layout()
+    return figure
+
+
+def embedding_map(points, groups: Sequence[str], title: str, shares: Sequence[float]) -> Figure:
+    """A two-dimensional map of vectors, `points` (n, 2), one colour and shape a group; `shares`: variance along each axis."""
+    figure = Figure(figsize=(7.6, 5))
+    axis = figure.subplots()
+    for (colour, marker), group in zip(GROUP_STYLES, dict.fromkeys(groups), strict=False):
+        rows = [i for i, name in enumerate(groups) if name == group]
+        axis.scatter(
+            [float(points[i][0]) for i in rows],
+            [float(points[i][1]) for i in rows],
+            color=colour,
+            marker=marker,
+            s=36,
+            alpha=0.8,
+            label=f"{group} ({len(rows)})",
+        )
+    axis.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
+    axis.set_ylabel(f"second principal component ({shares[1]:.0%})")
+    axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def next_token_panels(
+    before: Sequence[float], panels: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str
+) -> Figure:
+    """Probability of the likeliest tokens before a setting (outlined) and after it (filled), one panel a setting."""
+    columns = 3
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(10.5, 0.4 + 0.24 * len(tokens) * lines + 0.7 * lines))
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    places = range(len(tokens))
+    for axis, (name, after) in zip(axes, panels.items(), strict=False):
+        axis.barh(places, after, color=BLUE, height=0.8, label="after")
+        axis.barh(places, before, facecolor="none", edgecolor=BLACK, linewidth=1, height=0.8, label="before")
+        for place, value in enumerate(after):
+            if value == 0:
+                axis.text(0.005, place, "ruled out", fontsize=6, color=VERMILION, va="center")
+        axis.set_title(name, fontsize=9)
+        axis.set_yticks(places, tokens, fontsize=7, family="monospace")
+        axis.grid(axis="x", alpha=0.3)
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    for axis in figure.axes[columns * (lines - 1) :]:
+        axis.set_xlabel("probability of the next token", fontsize=8)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def quality_against_diversity(
+    quality: Mapping[str, tuple[float, tuple[float, float]]], diversity: Mapping[str, float], title: str
+) -> Figure:
+    """ROUGE-1 with its interval against distinct-2, one point a setting, each with its name beside it."""
+    figure = Figure(figsize=(8.4, 4.8))
+    axis = figure.subplots()
+    order = sorted(quality, key=lambda name: diversity[name])
+    for place, name in enumerate(order):
+        mean, (low, high) = quality[name]
+        axis.errorbar(
+            diversity[name], mean, yerr=[[mean - low], [high - mean]], fmt="o", color=BLUE, capsize=3, linewidth=1.2
+        )
+        # The names stand above and below by turns, since neighbouring points crowd.
+        above = place % 2 == 0
+        axis.annotate(
+            name,
+            (diversity[name], high if above else low),
+            textcoords="offset points",
+            xytext=(0, 5 if above else -5),
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=8,
+            rotation=20,
+        )
+    axis.margins(x=0.1, y=0.2)
+    axis.set_xlabel("diversity: different word pairs among all word pairs of a dialogue's samples (distinct-2)")
+    axis.set_ylabel("ROUGE-1, mean of the samples")
+    axis.set_title(textwrap.fill(title, 90), fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:
     """Display a table as HTML; every cell is shown as text."""
     from html import escape
