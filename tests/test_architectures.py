@@ -280,7 +280,7 @@ def llama_text_is_transformers(m):
         assert ours.generate(ids, 20) == expected
         assert ours.generate(ids, 20, use_cache=False) == expected
         stop = expected[4]
-        assert ours.generate(ids, 20, eos_token_id=stop) == expected[: expected.index(stop) + 1]
+        assert ours.generate(ids, 20, eos_token_ids=[stop]) == expected[: expected.index(stop) + 1]
 
 
 @check
@@ -504,7 +504,7 @@ MUTATIONS = [
     ("cache the wrong way round", "torch.cat([old_key, key], 2)", "torch.cat([key, old_key], 2)", "cache_changes_nothing"),
     ("cache takes the layer's input", "key, value = cache.append(layer, key, value)", "cache.append(layer, key, value)", "cache_changes_nothing"),
     ("likeliest becomes unlikeliest", "[0, -1].argmax()", "[0, -1].argmin()", "llama_text_is_transformers"),
-    ("EOS ignored", "written[-1] != eos_token_id", "True", "llama_text_is_transformers"),
+    ("EOS ignored", "written[-1] in eos_token_ids", "False", "llama_text_is_transformers"),
     ("uncached text forgets the prompt", "else torch.cat([input_ids, new], 1)", "else new", "llama_text_is_transformers"),
     ("tied weights come apart", "            llama.lm_head.weight = llama.embed_tokens.weight\n", "            pass\n", "llama_shares_its_weights"),
     ("weights copied", "load_state_dict(weights, assign=True)", "to_empty(device='cpu').load_state_dict(weights)", "llama_shares_its_weights"),

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from utils.lab import LabError, one_line
+from utils.lab import ExerciseError, LabError, one_line
 
 
 class ArchitectureError(LabError):
@@ -346,11 +346,11 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None, use_cache: bool = True
+        self, input_ids: Tensor, max_new_tokens: int, eos_token_ids: Sequence[int] = (), use_cache: bool = True
     ) -> list[int]:
-        """The likeliest continuation, token by token, of input_ids (1, n) int64; ends with EOS where one comes."""
+        """The likeliest continuation, token by token, of input_ids (1, n) int64; ends with an EOS token where one comes."""
         cache, written, unread = KeyValueCache() if use_cache else None, [], input_ids
-        while len(written) < max_new_tokens and (not written or written[-1] != eos_token_id):
+        while len(written) < max_new_tokens and not (written and written[-1] in eos_token_ids):
             written.append(int(self(unread, cache, last_only=True)[0, -1].argmax()))
             new = input_ids.new_tensor([written])
             unread = new[:, -1:] if use_cache else torch.cat([input_ids, new], 1)
@@ -651,10 +651,6 @@ def model_bytes(model: nn.Module) -> int:
 # --- checks of the exercises: each compares with torch or transformers and names the mechanism at fault -----------
 
 
-class ExerciseError(LabError):
-    """What a check found wrong with a learner's function."""
-
-
 def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
     """Hold `function(query, key, value, mask)` to torch's attention; raises `ExerciseError` at the first thing wrong."""
     generator = torch.Generator().manual_seed(0)
@@ -712,7 +708,7 @@ def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     output = _answer(function, query, key, value, mask, shape=(1, 2, n, 5))
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     _name_the_flaw(output, expected, {}, "With seven keys your output differs from torch's")
-    print("Right: scale, softmax, mask and values agree with torch's scaled_dot_product_attention.")
+    return ("Right: scale, softmax, mask and values agree with torch's scaled_dot_product_attention.")
 
 
 def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -763,7 +759,7 @@ def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> None:
             else " and their lengths change, which no turn does;"
         ),
     )
-    print("Right: pairs, direction and speeds agree with transformers' rotary positions.")
+    return ("Right: pairs, direction and speeds agree with transformers' rotary positions.")
 
 
 def check_parameter_count(function: Callable[[LlamaConfig], int]) -> None:
@@ -803,7 +799,7 @@ def check_parameter_count(function: Callable[[LlamaConfig], int]) -> None:
                 f"A LLaMA {what}: yours has {int(answer):,} parameters, transformers' {truth:,}"
                 + (f": {known}." if known else f", {int(answer) - truth:+,}: count one part at a time.")
             )
-    print("Right: the count agrees with transformers' for plain, grouped, tied and odd-sized heads.")
+    return ("Right: the count agrees with transformers' for plain, grouped, tied and odd-sized heads.")
 
 
 def _answer(function: Callable, *arguments: Any, shape: Sequence[int] | None) -> Any:

@@ -158,9 +158,8 @@ def generate(
     was_training = model.training
     model.eval()
     base.generation_config = config
-    reads_ahead = (
-        not model.config.is_encoder_decoder and (config.num_beams or 1) == 1
-    )  # beams reorder a cache of their own
+    # Beams reorder a cache of their own.
+    reads_ahead = not model.config.is_encoder_decoder and (config.num_beams or 1) == 1
     shared = _shared_prefix(model, encoded) if reads_ahead else []
     try:
         prefix = _read(model, torch.tensor([shared]).to(model.device)) if shared else None

@@ -18,16 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from utils.generation import base_model, generation_config
-from utils.lab import LabError
+from utils.lab import ExerciseError, LabError
 from utils.prompts import encode
 
 
 class SamplerError(LabError):
     """A setting or a tensor that a sampler cannot use."""
-
-
-class ExerciseError(LabError):
-    """An exercise's answer is not right yet; the message says what is wrong."""
 
 
 # --- filters -----------------------------------------------------------------------------------------------------
