@@ -745,10 +745,9 @@ WRONG_COUNTS = {
         ("check_parameter_count", count, WRONG_COUNTS),
     ],
 )
-def test_an_exercise_check_accepts_the_right_answer_and_names_each_flaw(check_name, right, wrong, capsys):
+def test_an_exercise_check_accepts_the_right_answer_and_names_each_flaw(check_name, right, wrong):
     check_exercise = getattr(architectures, check_name)
-    check_exercise(right)
-    assert capsys.readouterr().out.startswith("Right")
+    assert check_exercise(right).startswith("Right")
     messages = set()
     for words, function in wrong.items():
         with pytest.raises(architectures.ExerciseError) as caught:

@@ -651,7 +651,7 @@ def model_bytes(model: nn.Module) -> int:
 # --- checks of the exercises: each compares with torch or transformers and names the mechanism at fault -----------
 
 
-def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> str:
     """Hold `function(query, key, value, mask)` to torch's attention; raises `ExerciseError` at the first thing wrong."""
     generator = torch.Generator().manual_seed(0)
     n, d = 4, 16
@@ -708,10 +708,10 @@ def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     output = _answer(function, query, key, value, mask, shape=(1, 2, n, 5))
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     _name_the_flaw(output, expected, {}, "With seven keys your output differs from torch's")
-    return ("Right: scale, softmax, mask and values agree with torch's scaled_dot_product_attention.")
+    return "Right: scale, softmax, mask and values agree with torch's scaled_dot_product_attention."
 
 
-def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     """Hold `function(x, positions)` to transformers' rotary positions; raises `ExerciseError` at the first thing wrong."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -759,10 +759,10 @@ def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> None:
             else " and their lengths change, which no turn does;"
         ),
     )
-    return ("Right: pairs, direction and speeds agree with transformers' rotary positions.")
+    return "Right: pairs, direction and speeds agree with transformers' rotary positions."
 
 
-def check_parameter_count(function: Callable[[LlamaConfig], int]) -> None:
+def check_parameter_count(function: Callable[[LlamaConfig], int]) -> str:
     """Hold `function(config)` to the count of transformers' own LLaMA; raises `ExerciseError` at the first thing wrong."""
     sizes = dict(hidden_size=60, intermediate_size=154, num_hidden_layers=3, num_attention_heads=6, vocab_size=211)
     for what, more in {
@@ -799,7 +799,7 @@ def check_parameter_count(function: Callable[[LlamaConfig], int]) -> None:
                 f"A LLaMA {what}: yours has {int(answer):,} parameters, transformers' {truth:,}"
                 + (f": {known}." if known else f", {int(answer) - truth:+,}: count one part at a time.")
             )
-    return ("Right: the count agrees with transformers' for plain, grouped, tied and odd-sized heads.")
+    return "Right: the count agrees with transformers' for plain, grouped, tied and odd-sized heads."
 
 
 def _answer(function: Callable, *arguments: Any, shape: Sequence[int] | None) -> Any:
