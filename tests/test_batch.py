@@ -31,9 +31,8 @@ def small_lab(tmp_path, monkeypatch):
     def make(code):
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-        parameters = nbformat.v4.new_code_cell(
-            "X = 1\nOUTPUT = None\nPROFILE = 'interactive'\nN_EVAL = 0\nMAX_NEW_TOKENS = 0\nSHOTS = []\nN_SETTINGS = 0"
-        )
+        declared = {"X": 1, "OUTPUT": None, **read_profile("smoke", "week1"), "PROFILE": "interactive"}
+        parameters = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in declared.items()))
         parameters.metadata["tags"] = ["parameters"]
         notebook.cells = [
             parameters,
