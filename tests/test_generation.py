@@ -1,14 +1,17 @@
 """Generation: order, batches, where a completion ends, the fast attention, and a model's own settings."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils import generation
-from utils.generation import FAST_DECODE, completion_length, fast_decode_attention, generate, pad_left
-from utils.models import load_model
+from utils.generation import FAST_DECODE, RoomyLayer, completion_length, fast_decode_attention, generate, pad_left
+from utils.models import choose_dtype, load_model
 from utils.prompts import encode
 
 PROMPTS = ["the cat sat on the mat", "a dog ran", "person1 asks person2 to ran to the red house and the river", "big"]
@@ -214,6 +217,52 @@ def test_padding_in_the_cache_has_no_weight():
     assert torch.equal(before, after)
 
 
+@torch.no_grad()
+def test_free_places_of_the_cache_have_no_weight_and_change_nothing(monkeypatch):
+    module, query, key, value, mask = attention_inputs(1)
+    wanted, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+    layer = RoomyLayer()
+    key, value = layer.update(key, value)
+    assert key.buffer.shape[2] > key.shape[2]
+    key.buffer[:, :, 7:] = 50.0
+    got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [2, 64, 65, 150])
+@pytest.mark.parametrize(("past", "padded"), [(0, True), (70, True), (0, False)])
+def test_a_prompt_read_in_pieces_gives_what_sdpa_gives(monkeypatch, kv_heads, queries, past, padded):
+    module, query, key, value, _ = attention_inputs(queries, kv_heads=kv_heads, length=past + queries)
+    mask = torch.ones(queries, past + queries, dtype=torch.bool).tril(past).repeat(2, 1, 1, 1)
+    mask[0, ..., 0] = not padded
+    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    monkeypatch.setattr(generation, "sdpa_attention_forward", None)  # must not be needed
+    key, value = RoomyLayer().update(key.bfloat16(), value.bfloat16())
+    got, _ = fast_decode_attention(module, query.bfloat16(), key, value, mask if padded else None, scaling=0.3)
+    assert got.isfinite().all()
+    sees = mask.any(-1)[:, 0]  # not so the first query, where it is padding and has no past
+    torch.testing.assert_close(got.float()[sees], wanted[sees], atol=0.03, rtol=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["no room", "float32", "float mask", "not causal", "position bias"])
+def test_other_passes_over_several_queries_are_left_to_sdpa(monkeypatch, why):
+    """Above all those without a cache of ours: a pass that scores a text rounds as the one that is trained does."""
+    module, query, key, value, mask = attention_inputs(3, length=3)
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if why != "no room":
+        key, value = RoomyLayer().update(key, value)
+    if why == "float mask":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
+    module.is_causal = why != "not causal"
+    bias = {"position_bias": torch.zeros(1, 4, 3, 3)} if why == "position bias" else {}
+    monkeypatch.setattr(generation, "sdpa_attention_forward", lambda *_, **__: "sdpa")
+    assert fast_decode_attention(module, query, key, value, mask, scaling=0.3, **bias) == "sdpa"
+
+
 def test_several_queries_and_training_are_left_to_sdpa():
     for queries, gradients in ((3, False), (1, True)):
         module, query, key, value, mask = attention_inputs(queries)
@@ -257,6 +306,192 @@ def test_fast_attention_writes_what_sdpa_writes(tiny_folders, family, monkeypatc
     sdpa, tokenizer = load_model(tiny_folders[family], **options, attn_implementation="sdpa")
     fast, _ = load_model(tiny_folders[family], **options, attn_implementation=FAST_DECODE)
     assert write(fast, tokenizer, max_new_tokens=16) == write(sdpa, tokenizer, max_new_tokens=16)
+
+
+# --- the cache with room --------------------------------------------------------------------------------------------
+
+
+def states(length, batch=2):
+    return torch.randn(2, batch, 3, length, 4).unbind()
+
+
+def cache_pair(lengths):
+    """One layer of transformers' and one of ours after the same updates."""
+    theirs, ours = DynamicCache(), DynamicCache()
+    ours.layers, ours.layer_class_to_replicate = [RoomyLayer()], None
+    for length in lengths:
+        same(theirs, ours, *states(length))
+    return theirs, ours
+
+
+def same(theirs, ours, key, value):
+    """Update both: what they return and hold is equal."""
+    for mine, wanted in zip(ours.update(key, value, 0), theirs.update(key, value, 0), strict=True):
+        assert torch.equal(mine, wanted)
+    assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+    assert torch.equal(ours.layers[0].values, theirs.layers[0].values)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.get_mask_sizes(1, 0) == theirs.get_mask_sizes(1, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "lengths",
+    [[5, 1, 1, 3], [63, 1, 1], [64, 1], [1] * 70, [10, 200, 1]],
+    ids=["within", "full", "edge", "steps", "beyond"],
+)
+def test_a_cache_with_room_holds_what_transformers_cache_holds(lengths):
+    cache_pair(lengths)
+
+
+@torch.no_grad()
+def test_a_token_is_written_into_the_room_without_a_copy():
+    layer = RoomyLayer()
+    layer.update(*states(5))
+    buffers = layer.keys.buffer, layer.values.buffer
+    for _ in range(50):
+        layer.update(*states(1))
+    assert layer.keys.buffer is buffers[0]
+    assert layer.values.buffer is buffers[1]
+    assert layer.keys.data_ptr() == buffers[0].data_ptr()
+
+
+CHANGES = {
+    "repeated": lambda cache: cache.batch_repeat_interleave(2),
+    "chosen": lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "cut": lambda cache: cache.crop(-3),
+    "emptied": lambda cache: cache.reset(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_cache_with_room_goes_on_as_transformers_does(change):
+    theirs, ours = cache_pair([6, 1])
+    CHANGES[change](theirs)
+    CHANGES[change](ours)
+    batch = {"repeated": 4, "chosen": 3}.get(change, 2)
+    for length in (1, 2, 70):
+        same(theirs, ours, *states(length, batch))
+    room = ours.layers[0].keys.buffer[:, :, ours.get_seq_length() :]  # of what was longer before nothing is left
+    assert room.shape[2] > 0
+    assert not room.any()
+
+
+@torch.no_grad()
+def test_a_deep_copy_of_a_cache_with_room_shares_nothing():
+    theirs, ours = cache_pair([6])
+    theirs_before, ours_before = copy.deepcopy(theirs), copy.deepcopy(ours)
+    same(theirs, ours, *states(2))
+    same(theirs_before, ours_before, *states(1))
+    same(theirs, ours, *states(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_over_a_cache_with_room_are_those_over_transformers_cache(tiny_folders, family):
+    model, _ = load_model(tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=FAST_DECODE)
+    torch.manual_seed(0)
+    theirs, ours = DynamicCache(config=model.config), generation._roomy_cache(model)
+    assert {type(layer) for layer in ours.layers} == {RoomyLayer}
+    for length in (20, 1, 1, 45, 1):
+        ids = torch.randint(4, 40, (3, length))
+        wanted, got = (model(ids, past_key_values=cache).logits for cache in (theirs, ours))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_look_back_over_a_window_stay_transformers_own():
+    config = SimpleNamespace(config=LlamaConfig(num_hidden_layers=2))
+    config.config.sliding_window = 8
+    assert {type(layer) for layer in generation._roomy_cache(config).layers} == {DynamicSlidingWindowLayer}
+
+
+def test_prompts_of_like_length_are_read_together_and_no_others(lively, monkeypatch):
+    model, tokenizer = lively
+    if model.config.is_encoder_decoder:
+        return
+    prompts = ["the cat " * words for words in (60, 58, 30)] + ["the"]  # of one token nothing is left to read
+    expected = [reference(model, tokenizer, prompt) for prompt in prompts]
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    assert [c.token_ids for c in write(model, tokenizer, prompts)] == expected
+    read = [shape for shape in seen if shape != (4, 1)]
+    assert [rows for rows, _ in read] == [2, 2]
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_greedy_completions_are_those_of_transformers(tiny_folders, family):
+    options = dict(dtype=torch.float32, device="cpu")
+    model, tokenizer = load_model(tiny_folders[family], **options, attn_implementation=FAST_DECODE)
+    plain, _ = load_model(tiny_folders[family], **options)
+    for prompt, completion in zip(PROMPTS, write(model, tokenizer, max_new_tokens=80), strict=True):
+        ids = torch.tensor([encode(tokenizer, prompt)])
+        config = generation.generation_config(plain, tokenizer, max_new_tokens=80)
+        output = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert completion.token_ids == output[0, 1 if plain.config.is_encoder_decoder else ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_learned_prompt_is_in_front_of_what_is_read(tiny_folders, method, each):
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.float32, device="cpu")
+    kind = {"prompt tuning": PromptTuningConfig, "prefix tuning": PrefixTuningConfig}[method]
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    settings = dict(do_sample=each > 1, top_k=1) if each > 1 else {}
+    alone = [write(adapted, tokenizer, [prompt])[0].token_ids for prompt in prompts]
+    done = write(adapted, tokenizer, prompts, completions_per_prompt=each, **settings)
+    assert [c.token_ids for c in done] == [ids for ids in alone for _ in range(each)]
+
+
+# --- packed weights -------------------------------------------------------------------------------------------------
+
+needs_bfloat16 = pytest.mark.skipif(
+    choose_dtype(torch.device("cpu")) != torch.bfloat16, reason="only where the processor multiplies bfloat16"
+)
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_packed_weights_give_the_same_logits_to_the_bit_also_after_training():
+    torch.manual_seed(0)
+    size = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=500, num_hidden_layers=2, attention_bias=True, **size))
+    model = model.bfloat16().eval()
+    ids = torch.randint(0, 500, (5, 40))
+    for _ in range(2):
+        plain = model(ids).logits
+        with generation._packed_weights(model):
+            assert "forward" in vars(model.lm_head)
+            assert torch.equal(model(ids).logits, plain)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+
+
+@needs_bfloat16
+def test_packed_weights_are_gone_after_an_error(tiny_folders, monkeypatch):
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.bfloat16, device="cpu")
+    during = []
+
+    def fails(**_):
+        during.append("forward" in vars(model.lm_head))
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model, "generate", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        write(model, tokenizer)
+    assert during == [True]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_weights_in_float32_are_not_packed(tiny):
+    model, _ = tiny
+    with generation._packed_weights(model):
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 # --- the model's own settings ------------------------------------------------------------------------------------
