@@ -6,6 +6,7 @@ A check takes the module: the tests run it on `utils.architectures`, the mutatio
 import copy
 import functools
 import inspect
+import itertools
 import sys
 import types
 
@@ -89,6 +90,32 @@ def masks(m):
     assert not both[:2, 2:].any()
     assert both[2:, :2].all()
     assert torch.equal(both[2:, 2:], m.causal_mask(3))
+
+
+@check
+def prefix_masks_of_a_batch(m):
+    prefix = torch.tensor([3, 0, 2, 6])
+    mask = m.prefix_mask(prefix, 6)
+    assert mask.shape == (4, 6, 6)
+    assert mask.dtype == torch.bool
+    for b, i, j in itertools.product(range(4), range(6), range(6)):
+        assert bool(mask[b, i, j]) == (j <= i or j < int(prefix[b])), f"row {i} and column {j} of sequence {b}"
+    for own, number in zip(mask, prefix.tolist(), strict=True):
+        assert torch.equal(own, m.prefix_mask(number, 6))
+        assert torch.equal(own, m.prefix_mask(torch.tensor(number), 6))
+    # In transformers' own model: without a prefix its causal mask; with one, the first token sees the prefix's end.
+    model, ids = lively_llama(llama_config()), torch.tensor([[5, 6, 7, 8, 9, 10]])
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None]
+    with torch.no_grad():
+        close(model(ids, attention_mask=additive[1:2]).logits, model(ids).logits)
+        here, there = (
+            model(torch.tensor([[5, 6, end, 8, 9, 10]]), attention_mask=additive[:1]).logits[0] for end in (7, 20)
+        )
+        assert (here[0] - there[0]).abs().max() > 1e-2
+        here, there = (
+            model(torch.tensor([[5, 6, 7, end, 9, 10]]), attention_mask=additive[:1]).logits[0] for end in (8, 20)
+        )
+        close(here[:3], there[:3])
 
 
 @check
@@ -456,8 +483,13 @@ MUTATIONS = [
     ("causal mask transposed", ".tril(diagonal=past)", ".triu(diagonal=past)", "masks"),
     ("causal mask forgets the past", ".tril(diagonal=past)", ".tril()", "masks"),
     ("causal mask hides the position itself", ".tril(diagonal=past)", ".tril(diagonal=past - 1)", "masks"),
-    ("prefix sees only its past", "mask[:prefix, :prefix] = True", "pass", "masks"),
-    ("everybody sees the prefix's future", "mask[:prefix, :prefix] = True", "mask[:prefix] = True", "masks"),
+    ("prefix sees only its past", "causal_mask(length) | sees_prefix[..., None, :]", "causal_mask(length)", "masks"),
+    ("prefix sees what follows it", "sees_prefix[..., None, :]", "sees_prefix[..., :, None]", "masks"),
+    ("prefix one too long", "torch.arange(length) < prefix", "torch.arange(length) <= prefix", "masks"),
+    ("only the prefix is seen", "causal_mask(length) | sees_prefix", "causal_mask(length) & sees_prefix", "masks"),
+    ("prefix sees what follows it, in a batch", "sees_prefix[..., None, :]", "sees_prefix[..., :, None]", "prefix_masks_of_a_batch"),
+    ("the longest prefix for all", "< prefix[..., None]", "< prefix.max().expand(prefix.shape)[..., None]", "prefix_masks_of_a_batch"),
+    ("the batch's masks in the wrong order", "< prefix[..., None]", "< prefix.flatten().flip(0).view(prefix.shape)[..., None]", "prefix_masks_of_a_batch"),
     ("source sees the target", "mask[source:, :source] = True", "mask[:source, source:] = True", "masks"),
     ("no scale", " / math.sqrt(query.shape[-1])", "", "attention_is_torchs"),
     ("scale without the root", "math.sqrt(query.shape[-1])", "query.shape[-1]", "attention_is_torchs"),
@@ -590,6 +622,8 @@ def test_maps_and_packed_weights_work_for_every_kind(kind, tiny_folders):
     ("call", "words"),
     [
         (lambda: architectures.prefix_mask(4, 3), ["prefix=4", "length=3"]),
+        (lambda: architectures.prefix_mask(-1, 3), ["prefix=-1", "length=3"]),
+        (lambda: architectures.prefix_mask(torch.tensor([1, 5]), 3), ["prefix=[1, 5]", "length=3"]),
         (lambda: architectures.attention(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4)), ["(2, 3)", "(2, 4)"]),
         (lambda: architectures.attention(torch.ones(2, 3), torch.ones(2, 3), torch.ones(5, 4)), ["(5, 4)"]),
         (lambda: architectures.sinusoidal_positions(4, 5), ["width=5"]),
@@ -627,131 +661,3 @@ def code_lines(thing):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             node.body = node.body[1:]
     return [line for line in ast.unparse(tree).splitlines() if line.strip()]
-
-
-# --- the exercises' checks ---------------------------------------------------------------------------------------
-
-
-def right_attention(query, key, value, mask):
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
-
-
-def scores_of(query, key):
-    return query @ key.transpose(-2, -1)
-
-
-def masked(scores, mask):
-    return scores.masked_fill(~mask, float("-inf"))
-
-
-WRONG_ATTENTION = {
-    "not scaled": lambda q, k, v, mask: masked(scores_of(q, k), mask).softmax(-1) @ v,
-    "divide by its square root": lambda q, k, v, mask: masked(scores_of(q, k) / q.shape[-1], mask).softmax(-1) @ v,
-    "multiplied by the square root": lambda q, k, v, mask: masked(scores_of(q, k) * q.shape[-1] ** 0.5, mask).softmax(-1) @ v,
-    "runs over the queries": lambda q, k, v, mask: masked(scores_of(q, k) / q.shape[-1] ** 0.5, mask).softmax(-2) @ v,
-    "softmax is missing": lambda q, k, v, mask: (scores_of(q, k) / q.shape[-1] ** 0.5) * mask @ v,
-    "Query and key are swapped": lambda q, k, v, mask: right_attention(k, q, v, mask),
-    "lets position 0 see position 1.": lambda q, k, v, mask: right_attention(q, k, v, torch.ones_like(mask)),
-    "transposed or turned round": lambda q, k, v, mask: right_attention(q, k, v, mask.mT if mask.shape[0] == mask.shape[1] else mask),
-    "lets position 0 see position 2": lambda q, k, v, mask: right_attention(q, k, v, mask | mask.roll(2, 1)),
-    "not the weights after it": lambda q, k, v, mask: ((scores_of(q, k) / q.shape[-1] ** 0.5).softmax(-1) * mask) @ v,
-    "differs from torch's": lambda q, k, v, mask: right_attention(q, k, v, mask).flip(-1) if v.shape[-1] == 5 else right_attention(q, k, v, mask),
-    "it must be (1, 2, 4, 5)": lambda q, k, v, mask: right_attention(q, k, torch.eye(k.shape[-2]).expand(1, 2, -1, -1), mask),
-    "not written yet": lambda q, k, v, mask: not_written(),
-    "stops with RuntimeError": lambda q, k, v, mask: q @ k @ v,
-    "returns a NoneType": lambda q, k, v, mask: None,
-    "are not numbers": lambda q, k, v, mask: torch.full_like(v, float("nan")) if not mask.all() else right_attention(q, k, v, mask),
-}  # fmt: skip
-
-
-def not_written():
-    raise NotImplementedError
-
-
-def turn(x, positions, speeds, rotate):
-    angles = torch.outer(positions.float(), speeds)
-    return x * angles.cos().repeat(1, 2) + rotate(x) * angles.sin().repeat(1, 2)
-
-
-def speeds(x, exponent=2.0):
-    return 10_000.0 ** -(exponent * torch.arange(x.shape[-1] // 2) / x.shape[-1])
-
-
-def half(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
-
-
-def right_rotary(x, positions):
-    return turn(x, positions, speeds(x), half)
-
-
-def neighbours(x, positions):
-    angles = torch.outer(positions.float(), speeds(x)).repeat_interleave(2, -1)
-    rotated = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
-    return x * angles.cos() + rotated * angles.sin()
-
-
-WRONG_ROTARY = {
-    "turns backwards": lambda x, p: turn(x, p, speeds(x), lambda y: -half(y)),
-    "pairs neighbours": neighbours,
-    "minus sign is missing": lambda x, p: turn(x, p, speeds(x), lambda y: y.roll(y.shape[-1] // 2, -1)),
-    "too slowly": lambda x, p: turn(x, p, speeds(x, 1.0), half),
-    "same speed": lambda x, p: turn(x, p, speeds(x, 0.0), half),
-    "Position 0 is changed": lambda x, p: right_rotary(x, p + 1),
-    "their lengths change": lambda x, p: turn(x, p, speeds(x), lambda y: y),
-    "differ from transformers' by": lambda x, p: right_rotary(x, 2 * p),
-    "not written yet": lambda x, p: not_written(),
-    "must be (1, 2, 4, 16)": lambda x, p: right_rotary(x, p)[0],
-}
-
-
-def count(
-    c, *, tables=None, gated=3, kv=None, output=1, block_norms=2, last_norm=1, layers=None, head=None, embedding=True
-):
-    heads, kv = c.num_attention_heads, c.num_key_value_heads if kv is None else kv
-    head, layers = c.head_dim if head is None else head, c.num_hidden_layers if layers is None else layers
-    attention = c.hidden_size * head * ((1 + output) * heads + 2 * kv)
-    layer = attention + gated * c.hidden_size * c.intermediate_size + block_norms * c.hidden_size
-    tables = (2 - bool(c.tie_word_embeddings)) if tables is None else tables
-    return tables * c.vocab_size * c.hidden_size + layers * layer + last_norm * c.hidden_size
-
-
-WRONG_COUNTS = {
-    "second table (the output layer) is missing": lambda c: count(c, tables=1),
-    "both tables": lambda c: count(c, tables=0),
-    "tied embeddings are one table": lambda c: count(c, tables=2),
-    "yours has two": lambda c: count(c, gated=2),
-    "yours has one.": lambda c: count(c, gated=1),
-    "num_key_value_heads heads, not": lambda c: count(c, kv=c.num_attention_heads),
-    "output matrix is missing": lambda c: count(c, output=0),
-    "two a layer and one at the end": lambda c: count(c, block_norms=0, last_norm=0),
-    "norm at the end is missing": lambda c: count(c, last_norm=0),
-    "a layer has two norms": lambda c: count(c, block_norms=1),
-    "a layer's norms are missing": lambda c: count(c, block_norms=0),
-    "only one layer": lambda c: count(c, layers=1),
-    "need not be width / heads": lambda c: count(c, head=c.hidden_size // c.num_attention_heads),
-    "one part at a time": lambda c: count(c) + 1,
-    "returns a NoneType": lambda c: None,
-}
-
-
-@pytest.mark.parametrize(
-    ("check_name", "right", "wrong"),
-    [
-        ("check_attention", right_attention, WRONG_ATTENTION),
-        ("check_rotary", right_rotary, WRONG_ROTARY),
-        ("check_parameter_count", count, WRONG_COUNTS),
-    ],
-)
-def test_an_exercise_check_accepts_the_right_answer_and_names_each_flaw(check_name, right, wrong):
-    check_exercise = getattr(architectures, check_name)
-    assert check_exercise(right).startswith("Right")
-    messages = set()
-    for words, function in wrong.items():
-        with pytest.raises(architectures.ExerciseError) as caught:
-            check_exercise(function)
-        assert words in str(caught.value), (words, str(caught.value))
-        messages.add(str(caught.value))
-    assert len(messages) == len(wrong)

@@ -706,3 +706,104 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     for name, text in (("t.csv", "id,dialogue,summary,topic\na,b,c,d\n"), ("t.jsonl", lines(ROW))):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
         assert "id" in load_dialogues(tmp_path / name).column_names
+
+
+# --- instruction tasks: errors -----------------------------------------------------------------------------------
+
+WORDING = {"cluster": "mood", "fields": ["dialogue", "speaker"], "templates": ["{dialogue} {speaker}? {options}"]}
+ITEM = {"id": "mood_0", "split": "train", "dialogue_id": "train_0", "speaker": "#Person1#", "options": ["glad", "sad"], "answer": "sad"}  # fmt: skip
+SECOND = ITEM | {"id": "mood_1", "split": "test", "dialogue_id": "test_0"}
+
+
+def without(row, key):
+    return {name: value for name, value in row.items() if name != key}
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """Writes a task (a wording as a dictionary or as text, items as rows or as text) and reads it with two dialogues."""
+    write(tmp_path / "dialogues" / "train.jsonl", [ROW])
+    write(tmp_path / "dialogues" / "test.jsonl", [ROW | {"id": "test_0_1"}, ROW | {"id": "test_0_2"}])
+
+    def load(wording, items):
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        as_text = wording if isinstance(wording, str | bytes) else json.dumps(wording)  # JSON is YAML
+        (folder / "mood.yaml").write_bytes(as_text if isinstance(as_text, bytes) else as_text.encode())
+        if items is not None:
+            (folder / "mood.jsonl").write_text(items if isinstance(items, str) else lines(*items), encoding="utf-8")
+        return load_tasks(folder, tmp_path / "dialogues")
+
+    return load
+
+
+def test_a_task_is_read_with_the_dialogues_that_it_names(task_folder):
+    (task,) = task_folder(WORDING, [ITEM, SECOND]).values()
+    assert (task.name, task.cluster, task.fields, task.reasoning_templates) == (
+        "mood",
+        "mood",
+        ("dialogue", "speaker"),
+        (),
+    )
+    assert task.rows["dialogue"] == [ROW["dialogue"]] * 2
+    assert task.rows["options"] == [["glad", "sad"]] * 2
+    (plain,) = task_folder(WORDING | {"templates": ["{dialogue} {speaker}"]}, [without(ITEM, "options")]).values()
+    assert "options" not in plain.rows.column_names
+
+
+DAMAGED_TASKS = {  # a wording, items, what the message must say
+    "broken YAML": ('cluster: mood\nfields: [dialogue\ntemplates:\n  - "a"\n', [ITEM], ["mood.yaml, line 3", "not valid YAML", "quotes"]),
+    "YAML with a tab": ("cluster: mood\nfields:\n\t- dialogue\n", [ITEM], ["mood.yaml, line 3", "not valid YAML", "indents"]),
+    "YAML with a control character": ("cluster: \x01", [ITEM], ["mood.yaml", "not valid YAML"]),
+    "YAML in Latin-1": ("cluster: é".encode("latin-1"), [ITEM], ["mood.yaml", "UTF-8"]),
+    "YAML that is a list": ("- cluster", [ITEM], ["mood.yaml", "add `cluster: name`"]),
+    "empty YAML": ("", [ITEM], ["mood.yaml", "add `cluster: name`"]),
+    "no cluster": (without(WORDING, "cluster"), [ITEM], ["mood.yaml", "add `cluster: name`"]),
+    "no templates": (without(WORDING, "templates"), [ITEM], ["mood.yaml has no templates", "it needs"]),
+    "no fields": (WORDING | {"fields": []}, [ITEM], ["mood.yaml has no fields", "it needs"]),
+    "fields as one text": (WORDING | {"fields": "dialogue"}, [ITEM], ["mood.yaml: fields is 'dialogue'", "list of texts", "after each dash"]),
+    "a template that is no text": (WORDING | {"templates": [{"a": "b"}]}, [ITEM], ["mood.yaml: templates", "list of texts"]),
+    "reasoning as one text": (WORDING | {"reasoning_templates": "Think."}, [ITEM], ["mood.yaml: reasoning_templates", "list of texts"]),
+    "no items": (WORDING, None, ["mood.jsonl does not exist", "check the path"]),
+    "empty items": (WORDING, "", ["mood.jsonl has no rows"]),
+    "missing field": (WORDING, [ITEM, without(SECOND, "speaker")], ["mood.jsonl, row 2", "no column 'speaker'", "add it"]),
+    "missing reasoning": (WORDING | {"reasoning_templates": WORDING["templates"]}, [ITEM], ["mood.jsonl, row 1", "no column 'reasoning'", "add it"]),
+    "empty field": (WORDING, [ITEM | {"speaker": ""}], ["mood.jsonl, row 1, column 'speaker'", "text expected, found ''"]),
+    "unknown dialogue": (WORDING, [ITEM, SECOND | {"dialogue_id": "test_9"}], ["mood.jsonl, row 2, column 'dialogue_id'", "'test_9' is no dialogue of the split 'test'", "such as 'test_0'"]),
+    "dialogue of the other split": (WORDING, [ITEM | {"dialogue_id": "test_0"}], ["mood.jsonl, row 1, column 'dialogue_id'", "no dialogue of the split 'train'", "'train_0'"]),
+    "dialogue with the number of its reference": (WORDING, [SECOND | {"dialogue_id": "test_0_1"}], ["row 1", "'test_0_1' is no dialogue", "such as 'test_0'"]),
+    "no dialogue": (WORDING, [without(ITEM, "dialogue_id")], ["mood.jsonl, row 1, column 'dialogue_id'", "None", "such as"]),
+    "dialogue as a list": (WORDING, [ITEM | {"dialogue_id": ["train_0"]}], ["mood.jsonl, row 1, column 'dialogue_id'", "['train_0']"]),
+    "unknown split": (WORDING, [ITEM | {"split": "dev"}], ["mood.jsonl, row 1, column 'split'", "'dev' is not among train, test", "one of these"]),
+    "no split": (WORDING, [without(ITEM, "split")], ["mood.jsonl, row 1, column 'split'", "None is not among"]),
+    "split as a list": (WORDING, [ITEM | {"split": ["train"]}], ["mood.jsonl, row 1, column 'split'", "['train']"]),
+    "answer not among the options": (WORDING, [ITEM, SECOND | {"answer": "angry"}], ["mood.jsonl, row 2, column 'answer'", "'angry' is none of the options ['glad', 'sad']", "copy one"]),
+    "no answer": (WORDING, [without(ITEM, "answer")], ["mood.jsonl, row 1, column 'answer'", "None is none", "copy one"]),
+    "options as a text that holds the answer": (WORDING, [ITEM | {"options": "glad, sad"}], ["mood.jsonl, row 1, column 'options'", "a list of texts is expected, 'glad, sad' came", 'write ["yes", "no"]']),
+    "options as a number": (WORDING, [ITEM | {"options": 2}], ["mood.jsonl, row 1, column 'options'", "2 came"]),
+    "options that are empty": (WORDING, [ITEM | {"options": []}], ["mood.jsonl, row 1, column 'options'", "[] came"]),
+    "options with a number": (WORDING, [ITEM | {"options": ["sad", 1]}], ["mood.jsonl, row 1, column 'options'", "['sad', 1] came"]),
+    "options in some rows only": (WORDING, [ITEM, without(SECOND, "options")], ["mood.jsonl, row 2, column 'options'", "in all rows of the task or in none"]),
+    "a place that the task does not declare": (WORDING | {"templates": ["{dialogue} {speaker} {options} {topic}"]}, [ITEM], ["mood.yaml", "['dialogue', 'options', 'speaker', 'topic']", "its task has ['dialogue', 'options', 'speaker']", "no other"]),
+    "a place that is missing": (WORDING | {"templates": [*WORDING["templates"], "{dialogue} {options}"]}, [ITEM], ["mood.yaml", "has the places ['dialogue', 'options']", "'{dialogue} {options}'", "name each"]),
+    "a place for options that no item has": (WORDING, [without(ITEM, "options")], ["mood.yaml", "its task has ['dialogue', 'speaker']", "no other"]),
+    "a place that is missing where it is reasoned": (WORDING | {"reasoning_templates": ["{dialogue}"]}, [ITEM | {"reasoning": "So."}], ["mood.yaml", "has the places ['dialogue']", "name each"]),
+    "a brace that is not closed": (WORDING | {"templates": ["{dialogue} {speaker"]}, [ITEM], ["mood.yaml", "a brace too many or too few", "'{dialogue} {speaker'", "{{ or }}"]),
+    "broken JSON line": (WORDING, lines(ITEM) + '{"id": "mood_1",\n', ["mood.jsonl, row 2", "not valid JSON", "write one object a line"]),
+    "a JSON list": (WORDING, lines(ITEM, ["a"]), ["mood.jsonl, row 2", "JSON list", "object is expected"]),
+    "same id twice": (WORDING, [ITEM, SECOND, ITEM], ["mood.jsonl, row 3, column 'id'", "'mood_0' stands in row 1 already", "its own"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wording", "items", "said"), DAMAGED_TASKS.values(), ids=DAMAGED_TASKS)
+def test_a_damaged_task_is_an_error_that_says_where_and_what_to_do(task_folder, wording, items, said):
+    with pytest.raises(DataError) as caught:
+        task_folder(wording, items)
+    assert [part for part in said if part not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tasks_is_an_error_that_says_what_belongs_there(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=rf"{folder} has no task: check the path, or put a \.yaml .* \.jsonl"):
+            load_tasks(folder)

@@ -1,13 +1,35 @@
-"""The checks of the exercises: the right answer passes, and every plausible wrong one fails with its own message."""
+"""The checks of the exercises: a right answer passes, and every plausible wrong one fails with its own message.
+
+The wrong answers of an exercise stand under a pattern of the message that is due.
+"""
+
+import functools
+import re
 
 import nbformat
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import make_tokenizer
 
 from utils import batch
-from utils.exercises import check_fitting, check_shots
+from utils.exercises import (
+    check_attention,
+    check_cheapest,
+    check_fitting,
+    check_hide_spans,
+    check_neighbours,
+    check_next_token_loss,
+    check_parameter_count,
+    check_rotary,
+    check_shots,
+    check_top_p,
+)
 from utils.lab import ExerciseError
 from utils.prompts import encode, summary_prompt
+
+NEVER = float("-inf")
 
 
 def solution(week, name):
@@ -16,7 +38,7 @@ def solution(week, name):
     (source,) = [
         c.source for c in cells if "nbgrader" in c.metadata and f"def {name}(" in c.source and "SOLUTION" in c.source
     ]
-    namespace = {"encode": encode, "summary_prompt": summary_prompt}
+    namespace = {"encode": encode, "summary_prompt": summary_prompt, "torch": torch}
     exec(source, namespace)  # noqa: S102 our own notebook
     return namespace[name]
 
@@ -36,11 +58,149 @@ def test_every_exercise_has_its_metadata_and_a_check_after_it(week):
         assert "SOLUTION" not in check.source
 
 
+def not_written(*_):
+    raise NotImplementedError
+
+
+# --- week 1: cosine and nearest neighbour ------------------------------------------------------------------------
+
+
+def cosine(a, b):
+    return (a / a.norm(dim=-1, keepdim=True)) @ (b / b.norm(dim=-1, keepdim=True)).T
+
+
+def nearest(vectors):
+    return cosine(vectors, vectors).fill_diagonal_(-2).argmax(-1)
+
+
+def in_place_cosine(a, b):
+    a /= a.norm(dim=-1, keepdim=True)
+    return cosine(a, b)
+
+
+WRONG_NEIGHBOURS = {
+    r"shape \(7, 5\): it must be \(5, 7\)": (lambda a, b: cosine(a, b).T, nearest),
+    "changes a tensor it was given": (in_place_cosine, nearest),
+    "length of a and of b: divide by both lengths": (lambda a, b: a @ b.T, nearest),
+    "with the length of b: divide by both": (lambda a, b: (a / a.norm(dim=-1, keepdim=True)) @ b.T, nearest),
+    "along the last dimension": (lambda a, b: (a / a.norm()) @ (b / b.norm()).T, nearest),
+    "differ from torch's": (lambda a, b: cosine(a, b).abs(), nearest),
+    "one whole number for each row": (cosine, lambda v: cosine(v, v).fill_diagonal_(-2).max(-1).values),
+    "its own nearest neighbour": (cosine, lambda v: cosine(v, v).argmax(-1)),
+    "the least similar": (cosine, lambda v: cosine(v, v).argmin(-1)),
+    "largest dot product": (cosine, lambda v: (v @ v.T).fill_diagonal_(-99).argmax(-1)),
+    "smallest distance": (cosine, lambda v: torch.cdist(v, v).fill_diagonal_(99).argmin(-1)),
+    "less than -1, not with 0": (cosine, lambda v: cosine(v, v).fill_diagonal_(0).argmax(-1)),
+}
+
+
+# --- week 1: attention, rotary positions, the number of parameters -----------------------------------------------
+
+
+def scores_of(query, key):
+    return query @ key.transpose(-2, -1)
+
+
+def masked(scores, mask):
+    return scores.masked_fill(~mask, NEVER)
+
+
+def attention(query, key, value, mask):
+    return masked(scores_of(query, key) / query.shape[-1] ** 0.5, mask).softmax(-1) @ value
+
+
+def scales_in_place(query, key, value, mask):
+    query /= query.shape[-1] ** 0.5
+    return masked(scores_of(query, key), mask).softmax(-1) @ value
+
+
+WRONG_ATTENTION = {
+    "not scaled": lambda q, k, v, mask: masked(scores_of(q, k), mask).softmax(-1) @ v,
+    "divide by its square root": lambda q, k, v, mask: masked(scores_of(q, k) / q.shape[-1], mask).softmax(-1) @ v,
+    "multiplied by the square root": lambda q, k, v, mask: masked(scores_of(q, k) * q.shape[-1] ** 0.5, mask).softmax(-1) @ v,
+    "runs over the queries": lambda q, k, v, mask: masked(scores_of(q, k) / q.shape[-1] ** 0.5, mask).softmax(-2) @ v,
+    "softmax is missing": lambda q, k, v, mask: (scores_of(q, k) / q.shape[-1] ** 0.5) * mask @ v,
+    "Query and key are swapped": lambda q, k, v, mask: attention(k, q, v, mask),
+    r"lets position 0 see position 1\.": lambda q, k, v, mask: attention(q, k, v, torch.ones_like(mask)),
+    "transposed or turned round": lambda q, k, v, mask: attention(q, k, v, mask.mT if mask.shape[0] == mask.shape[1] else mask),
+    "lets position 0 see position 2": lambda q, k, v, mask: attention(q, k, v, mask | mask.roll(2, 1)),
+    "not the weights after it": lambda q, k, v, mask: ((scores_of(q, k) / q.shape[-1] ** 0.5).softmax(-1) * mask) @ v,
+    "differs from torch's": lambda q, k, v, mask: attention(q, k, v, mask).flip(-1) if v.shape[-1] == 5 else attention(q, k, v, mask),
+    r"it must be \(1, 2, 4, 5\)": lambda q, k, v, mask: attention(q, k, torch.eye(k.shape[-2]).expand(1, 2, -1, -1), mask),
+    "stops with RuntimeError": lambda q, k, v, mask: q @ k @ v,
+    "returns a NoneType": lambda q, k, v, mask: None,
+    "are not numbers": lambda q, k, v, mask: torch.full_like(v, float("nan")) if not mask.all() else attention(q, k, v, mask),
+    "changes a tensor it was given": scales_in_place,
+}  # fmt: skip
+
+
+def turn(x, positions, speeds, rotate):
+    angles = torch.outer(positions.float(), speeds)
+    return x * angles.cos().repeat(1, 2) + rotate(x) * angles.sin().repeat(1, 2)
+
+
+def speeds(x, exponent=2.0):
+    return 10_000.0 ** -(exponent * torch.arange(x.shape[-1] // 2) / x.shape[-1])
+
+
+def half(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def rotary(x, positions):
+    return turn(x, positions, speeds(x), half)
+
+
+def neighbour_pairs(x, positions):
+    angles = torch.outer(positions.float(), speeds(x)).repeat_interleave(2, -1)
+    rotated = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
+    return x * angles.cos() + rotated * angles.sin()
+
+
+WRONG_ROTARY = {
+    "turns backwards": lambda x, p: turn(x, p, speeds(x), lambda y: -half(y)),
+    "pairs neighbours": neighbour_pairs,
+    "minus sign is missing": lambda x, p: turn(x, p, speeds(x), lambda y: y.roll(y.shape[-1] // 2, -1)),
+    "too slowly": lambda x, p: turn(x, p, speeds(x, 1.0), half),
+    "halves come back in the wrong order": lambda x, p: rotary(x, p).roll(x.shape[-1] // 2, -1),
+    "same speed": lambda x, p: turn(x, p, speeds(x, 0.0), half),
+    "Position 0 is changed": lambda x, p: rotary(x, p + 1),
+    "their lengths change": lambda x, p: turn(x, p, speeds(x), lambda y: y),
+    "^Your vectors differ from transformers' by": lambda x, p: rotary(x, 2 * p),
+    r"must be \(1, 2, 4, 16\)": lambda x, p: rotary(x, p)[0],
+}
+
+
+def count(c, *, tables=None, gated=3, kv=None, output=1, block_norms=2, last_norm=1, layers=None, head=None):
+    heads, kv = c.num_attention_heads, c.num_key_value_heads if kv is None else kv
+    head, layers = c.head_dim if head is None else head, c.num_hidden_layers if layers is None else layers
+    attention = c.hidden_size * head * ((1 + output) * heads + 2 * kv)
+    layer = attention + gated * c.hidden_size * c.intermediate_size + block_norms * c.hidden_size
+    tables = (2 - bool(c.tie_word_embeddings)) if tables is None else tables
+    return tables * c.vocab_size * c.hidden_size + layers * layer + last_norm * c.hidden_size
+
+
+WRONG_COUNTS = {
+    r"second table \(the output layer\) is missing": lambda c: count(c, tables=1),
+    "both tables": lambda c: count(c, tables=0),
+    "tied embeddings are one table": lambda c: count(c, tables=2),
+    "yours has two": lambda c: count(c, gated=2),
+    r"gate, up, down.*yours has one\.": lambda c: count(c, gated=1),
+    "num_key_value_heads heads, not": lambda c: count(c, kv=c.num_attention_heads),
+    "output matrix is missing": lambda c: count(c, output=0),
+    "two a layer and one at the end": lambda c: count(c, block_norms=0, last_norm=0),
+    "norm at the end is missing": lambda c: count(c, last_norm=0),
+    "a layer has two norms": lambda c: count(c, block_norms=1),
+    "a layer's norms are missing": lambda c: count(c, block_norms=0),
+    "only one layer": lambda c: count(c, layers=1),
+    "need not be width / heads": lambda c: count(c, head=c.hidden_size // c.num_attention_heads),
+    "one part at a time": lambda c: count(c) + 1,
+    "a NoneType came": lambda c: None,
+}
+
+
 # --- week 1: shots -----------------------------------------------------------------------------------------------
-
-
-def test_the_solution_of_the_shots_passes():
-    assert check_shots(solution("week1", "choose_shots")).startswith("Right")
 
 
 def of(rows):
@@ -52,42 +212,38 @@ def own_only(train, test):
     return [row for row in train if row["dialogue"] not in seen]
 
 
-WRONG_SHOTS = {
-    "from the test split": (lambda train, test, k: of(test[:k]), "stands in the test split|in the test split as well"),
-    "an overlap": (lambda train, test, k: of(sorted(train, key=lambda row: len(row["dialogue"]))[:k]), "in the test split as well"),
-    "rows instead of pairs": (lambda train, test, k: own_only(train, test)[:k], "list of pairs"),
-    "one too few": (lambda train, test, k: of(own_only(train, test)[: k - 1]), "Three examples were asked for, 2 came"),
-    "summaries exchanged": (
-        lambda train, test, k: [(a, of(own_only(train, test))[i - 1][1]) for i, (a, _) in enumerate(of(own_only(train, test))[:k])],
-        "not its own summary",
-    ),
-    "one repeated": (lambda train, test, k: of(own_only(train, test)[:1]) * k, "comes twice"),
-}  # fmt: skip
+def shots(train, test, k):
+    return of(own_only(train, test)[:k])
 
 
-@pytest.mark.parametrize(("answer", "words"), WRONG_SHOTS.values(), ids=WRONG_SHOTS)
-def test_a_wrong_choice_of_shots_is_told_what_is_wrong(answer, words):
-    with pytest.raises(ExerciseError, match=words):
-        check_shots(answer)
+def summaries_exchanged(train, test, k):
+    picked = shots(train, test, k)
+    return [(picked[i][0], picked[i - 1][1]) for i in range(k)]
 
 
-def test_shots_that_differ_from_call_to_call_are_found():
+def moody_shots():
     calls = []
 
-    def moody(train, test, k):
+    def answer(train, test, k):
         calls.append(1)
         return of(own_only(train, test))[len(calls) % 2 :][:k]
 
-    with pytest.raises(ExerciseError, match="Two calls gave different examples"):
-        check_shots(moody)
+    return answer
+
+
+WRONG_SHOTS = {
+    "stands in the test split": lambda train, test, k: of(test[::-1][:k]),
+    "in the test split as well": lambda train, test, k: of(sorted(train, key=lambda row: len(row["dialogue"]))[:k]),
+    "list of pairs": lambda train, test, k: own_only(train, test)[:k],
+    "Three examples were asked for, 2 came": lambda train, test, k: shots(train, test, k - 1),
+    "not its own summary": summaries_exchanged,
+    "comes twice": lambda train, test, k: shots(train, test, 1) * k,
+    "Two calls gave different examples": moody_shots(),
+    "stops with KeyError: 'text'": lambda train, test, k: [row["text"] for row in train],
+}
 
 
 # --- week 1: how many fit ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[True, False], ids=["chat", "plain"])
-def tokenizer(request):
-    return make_tokenizer(pad_is_eos=True, chat=request.param)
 
 
 def largest(fits, shots):
@@ -98,23 +254,273 @@ def length(tokenizer, dialogue, shots, k):
     return len(encode(tokenizer, summary_prompt(dialogue, shots[:k])))
 
 
-def test_the_solution_of_the_fitting_passes(tokenizer):
-    assert check_fitting(solution("week1", "shots_that_fit"), tokenizer).startswith("Right")
+def fitting(t, dialogue, shots, context, new):
+    return largest(lambda k: length(t, dialogue, shots, k) + new <= context, shots)
 
 
 WRONG_FITS = {
-    "no room for the answer": (lambda t, d, s, c, n: largest(lambda k: length(t, d, s, k) <= c, s), "the answer of up to 40 tokens does not"),
-    "not up to the brim": (lambda t, d, s, c, n: largest(lambda k: length(t, d, s, k) + n < c, s), "fills the context exactly is allowed"),
-    "all of them": (lambda t, d, s, c, n: len(s), "more than the context"),
-    "characters": (lambda t, d, s, c, n: largest(lambda k: sum(len(a + b) for a, b in s[:k]) + len(d) + n <= c, s), "fit: a prompt|more than the context"),
-    "only the texts": (
-        lambda t, d, s, c, n: largest(lambda k: sum(len(t(a + b).input_ids) for a, b in s[:k]) + len(t(d).input_ids) + n <= c, s),
-        "special tokens of the chat format",
+    "the answer of up to 40 tokens does not": lambda t, d, s, c, n: largest(lambda k: length(t, d, s, k) <= c, s),
+    "fills the context exactly is allowed": lambda t, d, s, c, n: largest(lambda k: length(t, d, s, k) + n < c, s),
+    "your answer is the same": lambda t, d, s, c, n: len(s),
+    "count tokens": (
+        lambda t, d, s, c, n: largest(lambda k: sum(len(a + b) for a, b in s[:k]) + len(d) + n <= c, s)
     ),
+    "special tokens of the chat format": (
+        lambda t, d, s, c, n: largest(lambda k: sum(len(t(a + b).input_ids) for a, b in s[:k]) + len(t(d).input_ids) + n <= c, s)
+    ),
+    "a list came": lambda t, d, s, c, n: s[: fitting(t, d, s, c, n)],
+    "no more than there are": lambda t, d, s, c, n: fitting(t, d, s, c, n) if c < 9 * length(t, d, s, 6) else len(s) + 1,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "words"), WRONG_FITS.values(), ids=WRONG_FITS)
-def test_a_wrong_count_of_shots_is_told_what_is_wrong(tokenizer, answer, words):
+# --- week 1: top-p -----------------------------------------------------------------------------------------------
+
+
+def wrong_top_p(
+    *, crossing=True, first=True, extra=False, softmax=True, scatter=True, fill=NEVER, inplace=False, dim=-1
+):
+    """A top-p with the usual mistakes to switch on."""
+
+    def answer(logits, p):
+        values, order = logits.sort(dim=-1, descending=True)
+        probabilities = values.softmax(-1) if softmax else values
+        mass = probabilities.cumsum(dim)
+        remove = mass - probabilities >= p if crossing else mass > p
+        if extra:
+            remove = torch.cat([torch.zeros_like(remove[:, :1]), remove[:, :-1]], 1)
+        if not first:
+            remove[:, 0] = mass[:, 0] > p
+        elif not crossing:
+            remove[:, 0] = False
+        mask = torch.zeros_like(remove).scatter(1, order, remove) if scatter else remove
+        return logits.masked_fill_(mask, fill) if inplace else logits.masked_fill(mask, fill)
+
+    return answer
+
+
+top_p = wrong_top_p()  # the textbook's way: from the likeliest down, keep while what came before holds less than p
+
+
+def ascending_top_p(logits, p):
+    ranked, order = logits.sort(dim=-1)
+    remove = ranked.softmax(-1).cumsum(-1) <= 1 - p
+    remove[:, -1] = False
+    return logits.masked_fill(remove.scatter(1, order, remove), NEVER)
+
+
+WRONG_TOP_P = {
+    "changes a tensor it was given": wrong_top_p(inplace=True),
+    "must have the logit -inf": wrong_top_p(fill=0.0),
+    "Adding 3 to every logit": wrong_top_p(softmax=False),
+    "back from the sorted order": wrong_top_p(scatter=False),
+    "keep that token and no other": wrong_top_p(crossing=False, first=False),
+    "the token that crosses p belongs": wrong_top_p(crossing=False),
+    "stop at the token that crosses": lambda logits, p: wrong_top_p(extra=logits.shape[1] > 3)(logits, p),
+    "depends on the other rows": lambda logits, p: logits.masked_fill(top_p(logits[:1], p).isinf(), NEVER),
+    r"shape \(5,\): it must be \(1, 5\)": lambda logits, p: top_p(logits, p)[0],
+    "every token that has a probability stays": lambda logits, p: top_p(logits, min(p, 0.96) - 0.02),
+    "transformers keeps another set": lambda logits, p: top_p(logits, p if p > 0.2 else 0.3),
+}
+
+
+def test_no_case_of_the_check_of_top_p_lies_where_rounding_decides():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
+    mass = logits.double().softmax(-1).sort(descending=True).values.cumsum(-1)
+    assert all((mass - p).abs().min() > 1e-6 for p in (0.1, 0.35, 0.6, 0.95))
+
+
+# --- week 1: hidden spans ----------------------------------------------------------------------------------------
+
+
+def hide(words, spans, *, names=("<X>", "<Y>", "<Z>"), longer=0, each_word=False):
+    """T5's input and target; the options are the usual mistakes."""
+    source, target, end = [], [], 0
+    for name, (first, last) in zip(names, spans, strict=False):
+        marks = [name] * (last - first if each_word else 1)
+        source += [*words[end:first], *marks]
+        target += [name, *words[first : last + longer]]
+        end = last + longer
+    return " ".join(source + words[end:]), " ".join([*target, names[len(spans)]])
+
+
+def backwards(words, spans):
+    """Right for the paper's example, wrong where a span opens the text: a negative slice."""
+    source, target = hide(words, spans)
+    return (source, target) if spans[0][0] else (" ".join(words[-1:]) + " " + source, target)
+
+
+def changed(source=lambda text: text, target=lambda text: text):
+    def answer(words, spans):
+        a, b = hide(words, spans)
+        return source(a), target(b)
+
+    return answer
+
+
+WRONG_SPANS = {
+    "Return two strings": lambda words, spans: hide(words, spans)[0],
+    "still holds 'for'": lambda words, spans: (" ".join(words), hide(words, spans)[1]),
+    "has lost 'me'.*the end of a span": functools.partial(hide, longer=1),
+    "not every hidden span has left a sentinel": changed(source=lambda text: text.replace(" <Y>", "")),
+    "3 sentinels for 2 spans": functools.partial(hide, each_word=True),
+    "Both spans have the same sentinel <X>": functools.partial(hide, names=("<X>", "<X>", "<Z>")),
+    "Your input is .*<extra_id_0>.*the T5 paper has": functools.partial(hide, names=("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")),
+    "holds 'Thank', which was not hidden": lambda words, spans: (hide(words, spans)[0], " ".join(words)),
+    "holds 'me', which was not hidden": lambda words, spans: (hide(words, spans)[0], hide(words, spans, longer=1)[1]),
+    "has lost its sentinel": changed(target=lambda text: re.sub("<[XY]> ", "", text)),
+    "is not closed": changed(target=lambda text: text[:-4]),
+    "each sentinel stands before its span": changed(target=lambda text: text.replace("<X> for inviting", "for inviting <X>")),
+    "something is lost or moved": backwards,
+}  # fmt: skip
+
+
+# --- week 1: the loss of the next token --------------------------------------------------------------------------
+
+
+def shifted_loss(logits, ids, pad, *, learn_padding=False):
+    labels = ids[:, 1:] if learn_padding else ids[:, 1:].masked_fill(ids[:, 1:] == pad, -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+
+def by_hand_loss(logits, ids, pad):
+    logprobs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return -logprobs[ids[:, 1:] != pad].mean()
+
+
+def loss_at(inputs, labels, **more):
+    """A loss of the places `inputs` with the tokens `labels`, both slices of the length."""
+    return lambda logits, ids, pad: F.cross_entropy(
+        logits[:, inputs].flatten(0, 1), ids[:, labels].flatten(), ignore_index=pad, **more
+    )
+
+
+def writes_into_ids(logits, ids, pad):
+    labels = ids[:, 1:]
+    labels[labels == pad] = -100
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+
+def leaves_out_read_padding(logits, ids, pad):
+    keep = ids[:, :-1] != pad
+    return F.cross_entropy(logits[:, :-1][keep], ids[:, 1:][keep])
+
+
+def unlike_with_padding(logits, ids, pad):
+    return shifted_loss(logits, ids, pad) * (2 if (ids == pad).any() else 1)
+
+
+ALL, BUT_LAST, BUT_FIRST = slice(None), slice(None, -1), slice(1, None)
+WRONG_LOSSES = {
+    "its own token": loss_at(ALL, ALL),
+    "the shift goes the other way": loss_at(BUT_FIRST, BUT_LAST),
+    "shifted twice": loss_at(slice(None, -2), slice(2, None)),
+    "take the mean": loss_at(BUT_LAST, BUT_FIRST, reduction="sum"),
+    "sign is missing": lambda logits, ids, pad: -shifted_loss(logits, ids, pad),
+    "softmax is taken twice": lambda logits, ids, pad: shifted_loss(logits.softmax(-1), ids, pad),
+    "Without padding your loss differs": lambda logits, ids, pad: shifted_loss(logits / 2, ids, pad),
+    r"shape \(18,\): it must be one number": loss_at(BUT_LAST, BUT_FIRST, reduction="none"),
+    "returns a float": lambda logits, ids, pad: shifted_loss(logits, ids, pad).item(),
+    "changes a tensor it was given": writes_into_ids,
+    "Padding is learned too": functools.partial(shifted_loss, learn_padding=True),
+    "counted in the mean": lambda logits, ids, pad: loss_at(BUT_LAST, BUT_FIRST, reduction="none")(logits, ids, pad).mean(),
+    "whose label is padding, not those that read it": leaves_out_read_padding,
+    "With padding your loss differs": unlike_with_padding,
+}  # fmt: skip
+
+
+# --- week 1: the cheapest model ----------------------------------------------------------------------------------
+
+
+def cheapest(law, loss, served, *, training=6, serving=2):
+    """By a grid over sizes, as a learner may do it."""
+    n = np.geomspace(1e8, 1e12, 20_000)
+    left = loss - law.E - law.A / n**law.alpha
+    n, left = n[left > 0], left[left > 0]
+    d = (law.B / left) ** (1 / law.beta)
+    best = (training * n * d + serving * n * served).argmin()
+    return n[best], d[best]
+
+
+def fixed_law():
+    from utils.scaling import REPLICATION
+
+    return lambda law, loss, served: cheapest(REPLICATION, loss, served)
+
+
+WRONG_CHEAPEST = {
+    "Return two numbers": lambda law, loss, served: cheapest(law, loss, served)[0],
+    "must be positive and finite": lambda law, loss, served: (cheapest(law, loss, served)[0], np.inf),
+    "yours are swapped": lambda law, loss, served: cheapest(law, loss, served)[::-1],
+    "find the tokens that reach it": lambda law, loss, served: law.compute_optimal(1e24),
+    "With nobody served only training counts": lambda law, loss, served: cheapest(law, loss, served + 1e13),
+    "Serving makes no difference": lambda law, loss, served: cheapest(law, loss, 0),
+    "a forward pass only": functools.partial(cheapest, serving=6),
+    "charge 2 N for each of them": functools.partial(cheapest, serving=20),
+    "does not follow the `law`": fixed_law(),
+}
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+TOKENIZERS = {"chat": make_tokenizer(pad_is_eos=True, chat=True), "plain": make_tokenizer(pad_is_eos=True, chat=False)}
+
+
+def check_both_neighbours(answer):
+    return check_neighbours(*answer)
+
+
+def fitting_of(kind):
+    return functools.partial(check_fitting, tokenizer=TOKENIZERS[kind])
+
+
+def own(*names, week="week1"):
+    """The solution of the committed notebook, read when the test runs."""
+    return lambda: solution(week, names[0]) if len(names) == 1 else tuple(solution(week, name) for name in names)
+
+
+EXERCISES = {  # name: its check, right answers, wrong answers
+    "neighbours": (check_both_neighbours, {"torch": lambda: (cosine, nearest), "own": own("cosine_similarity", "nearest")}, WRONG_NEIGHBOURS),
+    "attention": (check_attention, {"by hand": lambda: attention}, WRONG_ATTENTION),
+    "rotary": (check_rotary, {"by hand": lambda: rotary}, WRONG_ROTARY),
+    "parameter count": (check_parameter_count, {"by hand": lambda: count}, WRONG_COUNTS),
+    "shots": (check_shots, {"in order": lambda: shots, "own": own("choose_shots")}, WRONG_SHOTS),
+    "fitting, chat": (fitting_of("chat"), {"by search": lambda: fitting, "own": own("shots_that_fit")}, WRONG_FITS),
+    "fitting, plain": (fitting_of("plain"), {"by search": lambda: fitting, "own": own("shots_that_fit")}, WRONG_FITS),
+    "top-p": (check_top_p, {"descending": lambda: top_p, "ascending": lambda: ascending_top_p, "own": own("top_p")}, WRONG_TOP_P),
+    "hidden spans": (check_hide_spans, {"by hand": lambda: hide}, WRONG_SPANS),
+    "next-token loss": (check_next_token_loss, {"cross_entropy": lambda: shifted_loss, "by hand": lambda: by_hand_loss}, WRONG_LOSSES),
+    "cheapest": (check_cheapest, {"grid": lambda: cheapest}, WRONG_CHEAPEST),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "which"), [(name, which) for name in EXERCISES for which in EXERCISES[name][1]])
+def test_a_right_answer_passes(name, which):
+    check, right, _ = EXERCISES[name]
+    assert check(right[which]()).startswith("Right: ")
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name in EXERCISES for words in EXERCISES[name][2]])
+def test_a_wrong_answer_is_told_what_is_wrong(name, words):
+    check, _, wrong = EXERCISES[name]
     with pytest.raises(ExerciseError, match=words):
-        check_fitting(answer, tokenizer)
+        check(wrong[words])
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_flaw_has_its_own_message(name):
+    check, _, wrong = EXERCISES[name]
+    messages = []
+    for answer in wrong.values():
+        with pytest.raises(ExerciseError) as caught:
+            check(answer)
+        messages.append(str(caught.value))
+    matched = {words: [message for message in messages if re.search(words, message)] for words in wrong}
+    assert len(wrong) >= 4
+    assert {words: found for words, found in matched.items() if len(found) != 1} == {}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_an_answer_that_is_not_written_yet_is_told_so(name):
+    answer = (not_written, not_written) if name == "neighbours" else not_written
+    with pytest.raises(ExerciseError, match="not_written is not written yet"):
+        EXERCISES[name][0](answer)

@@ -1,4 +1,4 @@
-"""Samplers: each filter, the draw and beam search against transformers and torch; properties; what a break does; the exercises' checks."""
+"""Samplers: each filter, the draw and beam search against transformers and torch; properties; what a break does."""
 
 import itertools
 import sys
@@ -22,7 +22,7 @@ from transformers import (
 
 from utils import samplers
 from utils.generation import generation_config
-from utils.samplers import ExerciseError, SamplerError
+from utils.samplers import SamplerError
 
 NEVER = float("-inf")
 
@@ -560,114 +560,3 @@ def test_a_mutation_that_has_nothing_to_change_fails():
 
 def test_the_unbroken_copy_passes():
     check_top_p(broken_copy("return logits / value", "return logits / value"))
-
-
-# --- the checks of the exercises ---------------------------------------------------------------------------------
-
-
-def descending_top_p(logits, p):
-    """The textbook's way: from the likeliest down, keep while what came before holds less than p."""
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
-    remove = probabilities.cumsum(-1) - probabilities >= p
-    return logits.masked_fill(torch.zeros_like(remove).scatter(1, order, remove), NEVER)
-
-
-def wrong_top_p(
-    *, crossing=True, first=True, extra=False, softmax=True, scatter=True, fill=NEVER, inplace=False, dim=-1
-):
-    """A top-p with the usual mistakes to switch on."""
-
-    def answer(logits, p):
-        values, order = logits.sort(dim=-1, descending=True)
-        probabilities = values.softmax(-1) if softmax else values
-        mass = probabilities.cumsum(dim)
-        remove = mass - probabilities >= p if crossing else mass > p
-        if extra:
-            remove = torch.cat([torch.zeros_like(remove[:, :1]), remove[:, :-1]], 1)
-        if not first:
-            remove[:, 0] = mass[:, 0] > p
-        elif not crossing:
-            remove[:, 0] = False
-        mask = torch.zeros_like(remove).scatter(1, order, remove) if scatter else remove
-        return logits.masked_fill_(mask, fill) if inplace else logits.masked_fill(mask, fill)
-
-    return answer
-
-
-def shared_mask(logits, p):
-    return logits.masked_fill(descending_top_p(logits[:1], p).isinf(), NEVER)
-
-
-WRONG_TOP_P = {
-    "changes the logits it was given": wrong_top_p(inplace=True),
-    "must have the logit -inf": wrong_top_p(fill=0.0),
-    "Adding 3 to every logit": wrong_top_p(softmax=False),
-    "back from the sorted order": wrong_top_p(scatter=False),
-    "keep that token and no other": wrong_top_p(crossing=False, first=False),
-    "the token that crosses p belongs": wrong_top_p(crossing=False),
-    "stop at the token that crosses": lambda logits, p: wrong_top_p(extra=logits.shape[1] > 3)(logits, p),
-    "depends on the other rows": shared_mask,
-    "Return logits of the same shape": lambda logits, p: descending_top_p(logits, p)[0],
-    "every token that has a probability stays": lambda logits, p: descending_top_p(logits, min(p, 0.96) - 0.02),
-    "transformers keeps another set": lambda logits, p: descending_top_p(logits, p if p > 0.2 else 0.3),
-}
-
-
-@pytest.mark.parametrize("answer", [samplers.top_p, descending_top_p])
-def test_a_right_top_p_passes(answer):
-    assert "right" in samplers.check_top_p(answer)
-
-
-@pytest.mark.parametrize("words", WRONG_TOP_P)
-def test_a_wrong_top_p_is_told_what_is_wrong(words):
-    with pytest.raises(ExerciseError, match=words):
-        samplers.check_top_p(WRONG_TOP_P[words])
-
-
-def test_no_case_of_the_check_lies_where_rounding_decides():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
-    mass = logits.double().softmax(-1).sort(descending=True).values.cumsum(-1)
-    assert all((mass - p).abs().min() > 1e-6 for p in (0.1, 0.35, 0.6, 0.95))
-
-
-def right_cosine(a, b):
-    return (a / a.norm(dim=-1, keepdim=True)) @ (b / b.norm(dim=-1, keepdim=True)).T
-
-
-def right_nearest(vectors):
-    return right_cosine(vectors, vectors).fill_diagonal_(-2).argmax(-1)
-
-
-def in_place_cosine(a, b):
-    a /= a.norm(dim=-1, keepdim=True)
-    return right_cosine(a, b)
-
-
-def whole_table_norm(a, b):
-    return (a / a.norm()) @ (b / b.norm()).T
-
-
-WRONG_NEIGHBOURS = {
-    r"make a \(5, 7\) table": (lambda a, b: right_cosine(a, b).T, right_nearest),
-    "changes the vectors": (in_place_cosine, right_nearest),
-    "divide by both lengths": (lambda a, b: a @ b.T, right_nearest),
-    "Ten times as long": (lambda a, b: (a / a.norm(dim=-1, keepdim=True)) @ b.T, right_nearest),
-    "along the last dimension": (whole_table_norm, right_nearest),
-    "differ from torch's": (lambda a, b: right_cosine(a, b).abs(), right_nearest),
-    "one whole number for each row": (right_cosine, lambda v: right_cosine(v, v).fill_diagonal_(-2).max(-1).values),
-    "its own nearest neighbour": (right_cosine, lambda v: right_cosine(v, v).argmax(-1)),
-    "the least similar": (right_cosine, lambda v: right_cosine(v, v).argmin(-1)),
-    "compare directions": (right_cosine, lambda v: (v @ v.T).fill_diagonal_(-99).argmax(-1)),
-    "not distances": (right_cosine, lambda v: torch.cdist(v, v).fill_diagonal_(99).argmin(-1)),
-    "less than -1, not with 0": (right_cosine, lambda v: right_cosine(v, v).fill_diagonal_(0).argmax(-1)),
-}
-
-
-def test_right_neighbours_pass():
-    assert "right" in samplers.check_neighbours(right_cosine, right_nearest)
-
-
-@pytest.mark.parametrize("words", WRONG_NEIGHBOURS)
-def test_wrong_neighbours_are_told_what_is_wrong(words):
-    with pytest.raises(ExerciseError, match=words):
-        samplers.check_neighbours(*WRONG_NEIGHBOURS[words])

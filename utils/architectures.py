@@ -7,7 +7,7 @@ to torch's or transformers' own by tests/test_architectures.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from utils.lab import ExerciseError, LabError, one_line
+from utils.lab import LabError
 
 
 class ArchitectureError(LabError):
@@ -45,16 +45,19 @@ def causal_mask(length: int, past: int = 0) -> Tensor:
     return torch.ones(length, past + length, dtype=torch.bool).tril(diagonal=past)
 
 
-def prefix_mask(prefix: int, length: int) -> Tensor:
-    """Prefix language model: the first `prefix` positions see each other, the rest see the past. (length, length) bool.
+def prefix_mask(prefix: int | Tensor, length: int) -> Tensor:
+    """Prefix language model: all see the first `prefix` positions and their own past. (length, length) bool.
 
-    Raffel et al. 2020 (arXiv:1910.10683), figure 3. Raises `ArchitectureError` where the prefix is longer than the text.
+    With `prefix` (batch,) int64 one mask for each: (batch, length, length); 0 gives the causal mask. The non-causal decoder of Raffel
+    et al. 2020, arXiv:1910.10683, figure 4, and of Wang et al. 2022, arXiv:2204.05832.
     """
-    if not 0 <= prefix <= length:
-        raise ArchitectureError(f"prefix={prefix} does not lie between 0 and length={length}: choose one that does.")
-    mask = causal_mask(length)
-    mask[:prefix, :prefix] = True
-    return mask
+    prefix = torch.as_tensor(prefix)
+    if not ((prefix >= 0) & (prefix <= length)).all():
+        raise ArchitectureError(
+            f"prefix={prefix.tolist()} does not lie between 0 and length={length}: choose one that does."
+        )
+    sees_prefix = torch.arange(length) < prefix[..., None]
+    return causal_mask(length) | sees_prefix[..., None, :]
 
 
 def encoder_decoder_mask(source: int, target: int) -> Tensor:
@@ -646,186 +649,3 @@ def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights and buffers, each counted once however many layers share it."""
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-# --- checks of the exercises: each compares with torch or transformers and names the mechanism at fault -----------
-
-
-def check_attention(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> str:
-    """Hold `function(query, key, value, mask)` to torch's attention; raises `ExerciseError` at the first thing wrong."""
-    generator = torch.Generator().manual_seed(0)
-    n, d = 4, 16
-    query, key = (torch.randn(1, 2, n, d, generator=generator) for _ in range(2))
-    one_hot = torch.eye(n).expand(1, 2, n, n)  # collecting one-hot values shows the weights themselves
-
-    # 1. With everything in sight: the softmax and the scale.
-    everything = bidirectional_mask(n)
-    weights = _answer(function, query, key, one_hot, everything, shape=one_hot.shape)
-    products = query @ key.transpose(-2, -1)
-    _name_the_flaw(
-        weights,
-        F.scaled_dot_product_attention(query, key, one_hot),
-        {
-            "The scores are not scaled: divide them by the square root of the head's size before the softmax.": products.softmax(
-                -1
-            ),
-            "The scores are divided by the head's size: divide by its square root.": (products / d).softmax(-1),
-            "The scores are multiplied by the square root of the head's size: divide by it.": (
-                products * d**0.5
-            ).softmax(-1),
-            "The softmax runs over the queries: it belongs on the last dimension, so that each query's weights sum to 1.": (
-                products / d**0.5
-            ).softmax(-2),
-            "The softmax is missing: the weights are the scores themselves.": products / d**0.5,
-            "Query and key are swapped: rows belong to the queries.": (products / d**0.5).transpose(-2, -1).softmax(-1),
-        },
-        "With nothing masked your weights differ from torch's",
-    )
-
-    # 2. With a causal mask: who sees whom.
-    mask = causal_mask(n)
-    weights = _answer(function, query, key, one_hot, mask, shape=one_hot.shape)[0, 0]
-    if weights.isnan().any():
-        raise ExerciseError(
-            "With a causal mask your weights are not numbers: put minus infinity where the mask is false, nowhere else."
-        )
-    leaks, blind = (weights.abs() > 1e-6) & ~mask, (weights.abs() <= 1e-6) & mask
-    if leaks.any():
-        row, column = leaks.nonzero()[0].tolist()
-        also = " and hides what it may see: it is transposed or turned round" if blind.any() else ""
-        raise ExerciseError(f"Your mask lets position {row} see position {column}{also}.")
-    sums = weights.sum(-1)
-    if (sums - 1).abs().max() > 1e-4:
-        row = int((sums - 1).abs().argmax())
-        raise ExerciseError(
-            f"With a causal mask the weights of position {row} sum to {sums[row]:.2f}, not 1: mask the scores before the softmax, not the weights after it."
-        )
-
-    # 3. With values of another length and size: what is collected.
-    key, value = (torch.randn(1, 2, n + 3, size, generator=generator) for size in (d, 5))
-    mask = torch.rand(n, n + 3, generator=generator) < 0.6
-    mask[:, 0] = True
-    output = _answer(function, query, key, value, mask, shape=(1, 2, n, 5))
-    expected = F.scaled_dot_product_attention(query, key, value, mask)
-    _name_the_flaw(output, expected, {}, "With seven keys your output differs from torch's")
-    return "Right: scale, softmax, mask and values agree with torch's scaled_dot_product_attention."
-
-
-def check_rotary(function: Callable[[Tensor, Tensor], Tensor]) -> str:
-    """Hold `function(x, positions)` to transformers' rotary positions; raises `ExerciseError` at the first thing wrong."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    d, positions = 16, torch.tensor([0, 1, 2, 50])
-    x = torch.randn(1, 2, len(positions), d, generator=torch.Generator().manual_seed(0))
-    config = LlamaConfig(hidden_size=d, num_attention_heads=1, num_key_value_heads=1)
-
-    def turned(where: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(x, x, *LlamaRotaryEmbedding(config)(x, where[None]))[0]
-
-    def turned_by(angles: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
-
-    answer = _answer(function, x, positions, shape=x.shape)
-    if not torch.allclose(answer[:, :, 0], x[:, :, 0], atol=1e-5):
-        raise ExerciseError("Position 0 is changed: its angle is 0, so nothing may turn there.")
-    step = 10_000.0 ** -(torch.arange(0, d, 2) / d)
-    angles, (first, second) = torch.outer(positions.float(), step), x.chunk(2, -1)
-    neighbours = torch.stack(turned_by(angles, x[..., 0::2], x[..., 1::2]), -1).flatten(-2)
-    no_minus = x * angles.cos().repeat(1, 2) + torch.cat([second, first], -1) * angles.sin().repeat(1, 2)
-    slow = torch.cat(
-        turned_by(torch.outer(positions.float(), 10_000.0 ** -(torch.arange(d // 2) / d)), first, second), -1
-    )
-    _name_the_flaw(
-        answer,
-        turned(positions),
-        {
-            "It turns backwards: the half with the minus sign is the second one, moved to the front (-second, first).": turned(
-                -positions
-            ),
-            "It pairs neighbours (0, 1), (2, 3): these weights pair number i with number i + d/2.": neighbours,
-            "The minus sign is missing: a quarter turn takes (a, b) to (-b, a).": no_minus,
-            "The halves come back in the wrong order: put the turned first half in front.": torch.cat(
-                turned(positions).chunk(2, -1)[::-1], -1
-            ),
-            "The angles fall too slowly from pair to pair: the exponent is 2i/d for pair i, not i/d.": slow,
-            "All pairs turn at the same speed: pair i turns by base ** (-2i/d) a position.": torch.cat(
-                turned_by(positions.float()[:, None], first, second), -1
-            ),
-        },
-        "Your vectors differ from transformers'"
-        + (
-            ""
-            if torch.allclose(answer.norm(dim=-1), x.norm(dim=-1), rtol=1e-4)
-            else " and their lengths change, which no turn does;"
-        ),
-    )
-    return "Right: pairs, direction and speeds agree with transformers' rotary positions."
-
-
-def check_parameter_count(function: Callable[[LlamaConfig], int]) -> str:
-    """Hold `function(config)` to the count of transformers' own LLaMA; raises `ExerciseError` at the first thing wrong."""
-    sizes = dict(hidden_size=60, intermediate_size=154, num_hidden_layers=3, num_attention_heads=6, vocab_size=211)
-    for what, more in {
-        "plain": dict(num_key_value_heads=6),
-        "with grouped queries": dict(num_key_value_heads=2),
-        "with tied embeddings": dict(num_key_value_heads=2, tie_word_embeddings=True),
-        "with heads of another size": dict(num_key_value_heads=2, head_dim=14),
-    }.items():
-        config = LlamaConfig(**sizes, **more)
-        with torch.device("meta"):
-            truth = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-        width, layers, head = config.hidden_size, config.num_hidden_layers, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        table, inner = config.vocab_size * width, width * config.intermediate_size
-        flaws = {
-            "the second table (the output layer) is missing": -table,
-            "both tables of vocabulary times width are missing": -2 * table,
-            "tied embeddings are one table, and yours counts two": table,
-            "SwiGLU has three matrices (gate, up, down), and yours has two": -layers * inner,
-            "SwiGLU has three matrices (gate, up, down), and yours has one": -2 * layers * inner,
-            "keys and values have num_key_value_heads heads, not num_attention_heads": 2 * layers * width * (heads - kv_heads) * head,
-            "attention's output matrix is missing": -layers * width * heads * head,
-            "the norms (two a layer and one at the end) are missing": -(2 * layers + 1) * width,
-            "the norm at the end is missing": -width,
-            "a layer has two norms, and yours has one": -layers * width,
-            "a layer's norms are missing": -2 * layers * width,
-            "only one layer is counted": -(layers - 1) * (truth - (2 - bool(config.tie_word_embeddings)) * table - width) // layers,
-            "a head has config.head_dim numbers, which need not be width / heads": 2 * layers * width * (heads + kv_heads) * (width // heads - head),
-        }  # fmt: skip
-        answer = _answer(function, config, shape=None)
-        if int(answer) != truth:
-            known = next((flaw for flaw, size in flaws.items() if size and int(answer) - truth == size), None)
-            raise ExerciseError(
-                f"A LLaMA {what}: yours has {int(answer):,} parameters, transformers' {truth:,}"
-                + (f": {known}." if known else f", {int(answer) - truth:+,}: count one part at a time.")
-            )
-    return "Right: the count agrees with transformers' for plain, grouped, tied and odd-sized heads."
-
-
-def _answer(function: Callable, *arguments: Any, shape: Sequence[int] | None) -> Any:
-    """What the learner's function returns, with its shape checked."""
-    name = getattr(function, "__name__", "your function")
-    try:
-        answer = function(*arguments)
-    except NotImplementedError:
-        raise ExerciseError(f"{name} is not written yet.") from None
-    except Exception as error:  # whatever a learner's code may do
-        raise ExerciseError(f"{name} stops with {type(error).__name__}: {one_line(error)}.") from error
-    if shape is None:
-        if not isinstance(answer, int | float):
-            raise ExerciseError(f"{name} returns a {type(answer).__name__}: return a number.")
-    elif not isinstance(answer, Tensor):
-        raise ExerciseError(f"{name} returns a {type(answer).__name__}: return a tensor.")
-    elif answer.shape != tuple(shape):
-        raise ExerciseError(f"{name} returns a tensor of shape {tuple(answer.shape)}: it must be {tuple(shape)}.")
-    return answer
-
-
-def _name_the_flaw(answer: Tensor, expected: Tensor, flaws: dict[str, Tensor], otherwise: str) -> None:
-    """Raise `ExerciseError` where `answer` is not `expected`, with the message of the known flaw that gives this answer."""
-    if torch.allclose(answer, expected, atol=1e-4):
-        return
-    for message, wrong in flaws.items():
-        if wrong.shape == answer.shape and torch.allclose(answer, wrong, atol=1e-4):
-            raise ExerciseError(message)
-    raise ExerciseError(f"{otherwise} by up to {(answer - expected).abs().max():.3g}.")

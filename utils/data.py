@@ -12,6 +12,7 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -108,7 +109,7 @@ def load_tasks(
     found = sorted(folder.glob("*.yaml"))
     if not found:
         raise DataError(
-            f"The folder {folder} has no task (a .yaml file with its wordings, a .jsonl file with its items)."
+            f"The folder {folder} has no task: check the path, or put a .yaml file with wordings and a .jsonl file with items there."
         )
     return {path.stem: _load_task(path, texts) for path in found}
 
@@ -119,35 +120,77 @@ def dialogue_id(row_id: str, split: str) -> str:
 
 
 def _load_task(path: Path, dialogues: dict[str, dict[str, str]]) -> InstructionTask:
+    words = _read_wording(path)
+    fields, templates, reasoning = (tuple(words[key]) for key in ("fields", "templates", "reasoning_templates"))
+    rows, where = _read(path.with_suffix(".jsonl"), "train")
+    choice = any("options" in row for _, row in rows)
+    for number, row in rows:
+        if row.get("split") not in tuple(dialogues):
+            raise DataError(
+                f"{where}, row {number}, column 'split': {row.get('split')!r} is not among {', '.join(dialogues)}: write one of these."
+            )
+        if "dialogue" in fields:
+            known, own = dialogues[row["split"]], row.get("dialogue_id")
+            if not isinstance(own, str) or own not in known:
+                raise DataError(
+                    f"{where}, row {number}, column 'dialogue_id': {own!r} is no dialogue of the split {row['split']!r}: "
+                    f"give one that is, such as {next(iter(known))!r}."
+                )
+            row["dialogue"] = known[own]
+        if choice and not _is_texts(row.get("options")):
+            raise DataError(
+                f"{where}, row {number}, column 'options': a list of texts is expected, {row.get('options')!r} came: "
+                'write ["yes", "no"], in all rows of the task or in none.'
+            )
+        if choice and row.get("answer") not in row["options"]:
+            raise DataError(
+                f"{where}, row {number}, column 'answer': {row.get('answer')!r} is none of the options {row['options']}: copy one of them."
+            )
+    table = _checked(
+        rows, where, ("id", "split", "answer", *fields, *(("reasoning",) if reasoning else ())), unique="id"
+    )
+    wanted = {*fields, *(("options",) if choice else ())}
+    for template in (*templates, *reasoning):
+        try:
+            places = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise DataError(
+                f"{path}: a template has a brace too many or too few ({error}): {template[:60]!r}; write a brace that is meant as {{{{ or }}}}."
+            ) from error
+        if places != wanted:
+            raise DataError(
+                f"{path}: a template has the places {sorted(places)}, its task has {sorted(wanted)}: {template[:60]!r}; "
+                "name each of them in it, and no other."
+            )
+    return InstructionTask(path.stem, words["cluster"], fields, templates, reasoning, table)
+
+
+def _read_wording(path: Path) -> dict[str, Any]:
+    """What a task's YAML file holds, with `reasoning_templates` even where there are none."""
     try:
         words = yaml.safe_load(path.read_text(encoding="utf-8"))
-        fields, templates = tuple(words["fields"]), tuple(words["templates"])
-        reasoning, cluster = tuple(words.get("reasoning_templates") or ()), words["cluster"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is not a task's wording ({type(error).__name__}: {one_line(error)}): it needs cluster, fields and templates."
-        ) from error
-    rows, where = _read(path.with_suffix(".jsonl"), "train")
-    for number, row in rows:
-        if "dialogue" in fields:
-            known = dialogues.get(row.get("split", ""), {})
-            if row.get("dialogue_id") not in known:
-                raise DataError(
-                    f"{where}, row {number}, column 'dialogue_id': {row.get('dialogue_id')!r} is no dialogue of the split {row.get('split')!r}."
-                )
-            row["dialogue"] = known[row["dialogue_id"]]
-        if "options" in row and row.get("answer") not in row["options"]:
-            raise DataError(f"{where}, row {number}, column 'answer': {row.get('answer')!r} is none of the options.")
-    columns = ("id", "split", "answer", *fields, *(("reasoning",) if reasoning else ()))
-    table = _checked(rows, where, columns, unique="id")
-    wanted = {*fields, *(("options",) if "options" in table.column_names else ())}
-    for template in (*templates, *reasoning):
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if names != wanted:
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}): save it as UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or one_line(error)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DataError(f"{path}{line}: not valid YAML ({problem}): look at quotes and indents there.") from error
+    if not isinstance(words, dict) or not isinstance(words.get("cluster"), str):
+        raise DataError(f"{path} does not say to which cluster its task belongs: add `cluster: name`.")
+    words = {**words, "reasoning_templates": words.get("reasoning_templates") or []}
+    for key in ("fields", "templates"):
+        if not words.get(key):
+            raise DataError(f"{path} has no {key}: it needs cluster, fields and templates.")
+    for key in ("fields", "templates", "reasoning_templates"):
+        if words[key] and not _is_texts(words[key]):
             raise DataError(
-                f"{path}: a template has the places {sorted(names)}, its task has {sorted(wanted)}: {template[:60]!r}."
+                f"{path}: {key} is {words[key]!r}, where a list of texts is expected: write one after each dash."
             )
-    return InstructionTask(path.stem, cluster, fields, templates, reasoning, table)
+    return words
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text.strip() for text in value)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -204,7 +247,7 @@ def _read_jsonl(path: Path) -> Rows:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos})."
+                    f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos}): write one object a line."
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: a JSON {type(row).__name__} where an object is expected.")
@@ -238,13 +281,15 @@ def _checked(rows: Rows, where: str, columns: Sequence[str], *, unique: str) -> 
     for number, row in rows:
         for column in columns:
             if column not in row:
-                raise DataError(f"{where}, row {number}: no column {column!r} (it has {', '.join(map(str, row))}).")
+                raise DataError(
+                    f"{where}, row {number}: no column {column!r} (it has {', '.join(map(str, row))}): add it."
+                )
             value = row[column]
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"{where}, row {number}, column {column!r}: text expected, found {value!r}.")
         if row[unique] in seen:
             raise DataError(
-                f"{where}, row {number}, column {unique!r}: {row[unique]!r} stands in row {seen[row[unique]]} already."
+                f"{where}, row {number}, column {unique!r}: {row[unique]!r} stands in row {seen[row[unique]]} already: give each row its own."
             )
         seen[row[unique]] = number
     every = dict.fromkeys(column for _, row in rows for column in row)  # `from_list` takes those of the first row only

@@ -106,11 +106,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def verdict(name: str, values: Sequence[float] | np.ndarray, *, digits: int = 3, seed: int = 0) -> str:
-    """A sentence about a paired difference, computed from it: a gain, a loss, or no difference shown."""
+def verdict(
+    name: str, values: Sequence[float] | np.ndarray, *, unit: str = "dialogues", digits: int = 3, seed: int = 0
+) -> str:
+    """A sentence about a paired difference, one value a `unit`, computed from it: a gain, a loss, or no difference shown."""
     low, high = bootstrap_interval(values, seed=seed)
     mean = float(np.mean(values))
-    numbers = f"{mean:+.{digits}f}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, {len(values)} dialogues"
+    numbers = f"{mean:+.{digits}f}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, {len(values)} {unit}"
     if low <= 0 <= high:
         return f"{name}: no difference shown ({numbers})."
     return f"{name}: {'higher' if mean > 0 else 'lower'} ({numbers})."

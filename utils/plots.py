@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # figures are shown as images with alt text; no window, no backend of the notebook's
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 BLACK, ORANGE, BLUE, GREEN, VERMILION, GREY = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#999999"
+SKY = "#56B4E9"
+VIEW_LIMIT = 200_000  # bytes of an interactive view: it is kept in the notebook
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -231,31 +241,631 @@ def quality_against_diversity(
     """ROUGE-1 with its interval against distinct-2, one point a setting, each with its name beside it."""
     figure = Figure(figsize=(8.4, 4.8))
     axis = figure.subplots()
-    order = sorted(quality, key=lambda name: diversity[name])
-    for place, name in enumerate(order):
-        mean, (low, high) = quality[name]
+    for name, (mean, (low, high)) in quality.items():
         axis.errorbar(
             diversity[name], mean, yerr=[[mean - low], [high - mean]], fmt="o", color=BLUE, capsize=3, linewidth=1.2
         )
-        # The names stand above and below by turns, since neighbouring points crowd.
-        above = place % 2 == 0
-        axis.annotate(
-            name,
-            (diversity[name], high if above else low),
-            textcoords="offset points",
-            xytext=(0, 5 if above else -5),
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=8,
-            rotation=20,
-        )
-    axis.margins(x=0.1, y=0.2)
+    axis.margins(x=0.15, y=0.2)
     axis.set_xlabel("diversity: different word pairs among all word pairs of a dialogue's samples (distinct-2)")
     axis.set_ylabel("ROUGE-1, mean of the samples")
     axis.set_title(textwrap.fill(title, 90), fontsize=10)
     axis.grid(alpha=0.3)
     figure.tight_layout()
+    to_pixels, taken = axis.transData.transform, []
+    bars = [
+        pixel
+        for name, (_, (low, high)) in quality.items()
+        for pixel in to_pixels([(diversity[name], y) for y in np.linspace(low, high, 40)])
+    ]
+    sides = [(6, 4, "left"), (-6, 4, "right"), (6, -12, "left"), (-6, -12, "right")]
+    sides += [(6, y, "left") for y in (16, 28, 40, -24, -36, -48)] + [
+        (-6, y, "right") for y in (16, 28, 40, -24, -36, -48)
+    ]
+    leader = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    for name, (mean, _) in quality.items():
+        point = (diversity[name], mean)
+        places = [(point, (x, y), {"ha": side, "fontsize": 8, "arrowprops": leader}) for x, y, side in sides]
+        taken.append(_label(axis, name, places, taken, bars))
     return figure
+
+
+def objectives(rows: Sequence[tuple[str, Sequence[str], Sequence[str], Sequence[bool]]], title: str) -> Figure:
+    """What each objective reads and learns. `rows`: (name, tokens read, labels under them, "" for none, where a token was hidden)."""
+    figure = Figure(figsize=(11, 1.7 * len(rows) + 0.6))
+    longest = max(len(read) for _, read, _, _ in rows)
+    for axis, (name, read, labels, hidden) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True
+    ):
+        for i, (token, label, is_hidden) in enumerate(zip(read, labels, hidden, strict=True)):
+            colours = (ORANGE if is_hidden else "white", BLUE if label else "white")
+            for height, text, colour in zip((1, 0), (token, label), colours, strict=True):
+                axis.add_patch(
+                    matplotlib.patches.Rectangle(
+                        (i, height), 0.96, 0.9, facecolor=colour, edgecolor=GREY, linewidth=0.8
+                    )
+                )
+                ink = "white" if colour == BLUE else BLACK
+                axis.text(i + 0.48, height + 0.45, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xlim(0, longest)
+        axis.set_ylim(0, 2)
+        axis.set_yticks([1.45, 0.45], ["reads", "learns"])
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+        axis.set_title(name, fontsize=10, loc="left")
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def losses_by_compute(curves: Mapping[str, tuple[Sequence[float], float]], title: str) -> Figure:
+    """Running mean of each training loss over the compute spent. `curves`: name to (loss of each step, operations a step)."""
+    figure = Figure(figsize=(7.2, 3.6))
+    axis = figure.subplots()
+    for (name, (losses, flops)), colour, style in zip(
+        curves.items(), (BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=False
+    ):
+        window = max(1, len(losses) // 20)
+        running = [
+            sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+            for i in range(len(losses))
+        ]
+        spent = [(i + 1) * flops / 1e12 for i in range(len(losses))]
+        axis.plot(spent, running, color=colour, linestyle=style, linewidth=2, label=name)
+    axis.set_xlabel("compute spent (10$^{12}$ floating-point operations)")
+    axis.set_ylabel("training loss (nats a label)")
+    axis.set_title(textwrap.fill(title, 76), fontsize=10)
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def shares_against_chance(
+    groups: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]], chance: float | None, title: str, ylabel: str
+) -> Figure:
+    """Shares with intervals, several series side by side. `groups`: series to {label: (share, (low, high))}."""
+    labels = list(next(iter(groups.values())))
+    figure = Figure(figsize=(2.2 + 1.6 * len(labels), 3.8))
+    axis = figure.subplots()
+    for k, ((name, values), colour, mark) in enumerate(
+        zip(groups.items(), (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=False)
+    ):
+        places = [i + (k - (len(groups) - 1) / 2) * 0.22 for i in range(len(labels))]
+        shares = [values[label][0] for label in labels]
+        errors = [
+            [max(0.0, share - values[label][1][0]) for share, label in zip(shares, labels, strict=True)],
+            [max(0.0, values[label][1][1] - share) for share, label in zip(shares, labels, strict=True)],
+        ]
+        axis.errorbar(places, shares, yerr=errors, fmt=mark, color=colour, capsize=4, linewidth=2, label=name)
+        for x, share in zip(places, shares, strict=True):
+            axis.annotate(
+                f"{share:.2f}", (x, share), textcoords="offset points", xytext=(6, 4), fontsize=8, color=colour
+            )
+    if chance is not None:
+        axis.axhline(chance, color=BLACK, linestyle=":", label=f"chance, {chance:.2f}")
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.5, len(labels) - 0.4)
+    axis.set_ylabel(ylabel)
+    axis.set_title(textwrap.fill(title, 72), fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def show_source(*things) -> None:
+    """Display the source of functions and classes in colour, docstrings left out: code that is kept in `utils` and not repeated."""
+    from IPython.display import display
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    source = "\n\n".join(_without_docstrings(thing) for thing in things)
+    style = "color:#222;background:#f8f8f8;padding:0.6em;border-left:3px solid #999;line-height:1.35;overflow-x:auto"
+    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True, cssstyles=style))
+    display({"text/html": html, "text/plain": source}, raw=True)
+
+
+def _without_docstrings(thing) -> str:
+    """Source of `thing` with its comments and without the lines of its docstrings."""
+    import ast
+    import inspect
+
+    source = textwrap.dedent(inspect.getsource(thing))
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            if last < len(lines) and not lines[last].strip() and isinstance(node, ast.ClassDef):
+                last += 1  # and the empty line under a class's docstring
+            lines[first - 1 : last] = [None] * (last - first + 1)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def attention_steps(steps: Mapping[str, Sequence], tokens: Sequence[str], title: str) -> Figure:
+    """Heat maps side by side with their numbers. `steps`: name to a square of numbers; minus infinity is left white."""
+    import numpy as np
+
+    figure = Figure(figsize=(3.9 * len(steps), 4.3))
+    for axis, (name, values) in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps.items(), strict=True):
+        values = np.asarray(values, dtype=float)
+        shown = np.where(np.isfinite(values), values, np.nan)
+        low, high = np.nanmin(shown), np.nanmax(shown)
+        axis.imshow(shown, cmap="Blues", vmin=low, vmax=high)
+        for i, j in np.ndindex(values.shape):
+            finite = np.isfinite(values[i, j])
+            dark = finite and values[i, j] > low + 0.6 * (high - low)
+            text = f"{values[i, j]:.2f}" if finite else "−∞"
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
+        axis.set_yticks(range(len(tokens)), tokens, fontsize=8)
+        axis.set_xlabel("token looked at (key)")
+        axis.set_title(name, fontsize=10)
+    figure.axes[0].set_ylabel("token that looks (query)")
+    figure.suptitle(textwrap.fill(title, 100), fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def position_encodings(
+    sinusoids,
+    learned,
+    turns: Mapping[str, Sequence[float]],
+    slopes: Sequence[float],
+    buckets: Mapping[str, Sequence],
+    title: str,
+) -> Figure:
+    """Five kinds of positions.
+
+    `sinusoids` (positions, width); `learned` (positions, positions) cosine similarities; `turns`: name of a pair of
+    numbers to its cosine at distance 0, 1, ...; `slopes` of ALiBi's heads; `buckets`: name to (distances, bucket numbers).
+    """
+    figure = Figure(figsize=(12, 7))
+    axes = figure.subplots(2, 3).flatten()
+    axis = axes[0]
+    axis.imshow(sinusoids, cmap="RdBu", aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
+    axis.set(xlabel="number in the vector", ylabel="position", title="sinusoidal: added to the embedding")
+    axis = axes[1]
+    image = axis.imshow(learned, cmap="viridis", vmin=-0.2, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axis, shrink=0.85, label="cosine similarity")
+    axis.set(xlabel="position", ylabel="position", title="learned (MiniLM's): added to the embedding")
+    axis = axes[2]
+    for (name, cosines), colour, style in zip(
+        turns.items(), (BLUE, ORANGE, GREEN, VERMILION), ("-", "--", "-.", ":"), strict=False
+    ):
+        axis.plot(cosines, color=colour, linestyle=style, label=name)
+    axis.set(xlabel="distance (tokens)", ylabel="cosine of the angle", title="rotary: turns queries and keys")
+    axis.legend(fontsize=8, loc="lower left")
+    axis = axes[3]
+    distance = range(65)
+    for i, slope in enumerate(slopes):
+        axis.plot(distance, [-slope * d for d in distance], color=matplotlib.colormaps["viridis"](i / len(slopes)))
+        axis.annotate(f"head {i}", (64, -slope * 64), fontsize=7, va="center") if i < 3 else None
+    axis.set(
+        xlabel="distance (tokens)",
+        ylabel="added to the score",
+        title="ALiBi: a straight line a head",
+        ylim=(-34, 1),
+        xlim=(0, 74),
+    )
+    axis = axes[4]
+    for (name, (distances, numbers)), colour in zip(buckets.items(), (BLUE, VERMILION), strict=False):
+        axis.step(distances, numbers, where="mid", color=colour, label=name)
+    axis.set(
+        xlabel="key's position minus query's (tokens)", ylabel="bucket", title="T5: a learned number for each bucket"
+    )
+    axis.legend(fontsize=8)
+    axes[5].axis("off")
+    for axis in axes[:5]:
+        axis.title.set_fontsize(10)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def attention_heads(maps: Mapping[str, Sequence], tokens: Sequence[str], title: str) -> Figure:
+    """Attention weights of several heads over one text, a square each. `maps`: name to (n, n), rows look at columns."""
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(4.6 * columns, 4.9 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (name, weights) in zip(axes, maps.items(), strict=False):
+        image = axis.imshow(weights, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1))
+        axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5)
+        axis.set_yticks(range(len(tokens)), tokens, fontsize=5)
+        axis.set_title(textwrap.fill(name, 44), fontsize=9)
+    for axis in axes[len(maps) :]:
+        axis.axis("off")
+    for axis in axes[: len(maps) : columns]:
+        axis.set_ylabel("token that looks")
+    figure.suptitle(textwrap.fill(title, 34 * columns), fontsize=11)
+    figure.tight_layout()
+    figure.colorbar(image, ax=axes.tolist(), shrink=0.5, label="share of the attention", ticks=[0, 0.05, 0.25, 0.5, 1])
+    return figure
+
+
+def attention_view(maps: Mapping[str, Sequence], tokens: Sequence[str], title: str) -> str:
+    """The same as a page to point at: choose a head, then a token, and see what it looks at. HTML with its script, nothing fetched.
+
+    A weight is kept as one of 64 levels (of its square root), so shares are shown to about 2 points. Raises `LabError`
+    where the page would be larger than `VIEW_LIMIT`.
+    """
+    from html import escape
+
+    from utils.lab import LabError
+
+    levels = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    packed = {
+        name: "".join(levels[round(min(max(float(w), 0.0), 1.0) ** 0.5 * 63)] for row in weights for w in row)
+        for name, weights in maps.items()
+    }
+    data = json.dumps({"tokens": list(tokens), "heads": packed}).replace("<", "\\u003c")
+    mark = hashlib.sha256(data.encode()).hexdigest()[:12]
+    page = _ATTENTION_PAGE.replace("MARK", mark).replace("TITLE", escape(title)).replace("DATA", data)
+    if len(page.encode()) > VIEW_LIMIT:
+        raise LabError(
+            f"This view of {len(maps)} heads over {len(tokens)} tokens has {len(page.encode()):,} bytes: give fewer heads or a shorter text."
+        )
+    return page
+
+
+_ATTENTION_PAGE = """<div data-attention="MARK" style="font-family:sans-serif;color:#111;background:#fff;padding:0.6em;border:1px solid #999">
+<p style="margin:0 0 0.5em"><b>TITLE</b></p>
+<label>head <select style="color:#111;background:#fff"></select></label>
+<span style="color:#444"> Point at a token, or move with Tab; a click holds it.</span>
+<p data-text style="line-height:2;font-family:monospace"></p>
+<p data-says role="status" aria-live="polite" style="min-height:1.4em;margin:0"></p>
+</div>
+<script>
+(function () {
+  const data = DATA;
+  const levels = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  document.querySelectorAll('[data-attention="MARK"]:not([data-ready])').forEach(function (box) {
+    box.setAttribute("data-ready", "");
+    const select = box.querySelector("select"), text = box.querySelector("[data-text]"), says = box.querySelector("[data-says]");
+    const n = data.tokens.length;
+    let held = null;
+    Object.keys(data.heads).forEach(function (name) { select.add(new Option(name)); });
+    const buttons = data.tokens.map(function (token, i) {
+      const button = document.createElement("button");
+      button.textContent = token;
+      button.style.cssText = "border:1px solid #ddd;border-radius:3px;margin:1px;padding:1px 4px;font:inherit;color:#111;background:#fff";
+      button.onmouseenter = button.onfocus = function () { if (held === null) look(i); };
+      button.onclick = function () { held = held === i ? null : i; look(i); };
+      text.appendChild(button);
+      return button;
+    });
+    function look(i) {
+      const head = data.heads[select.value];
+      const weights = buttons.map(function (_, j) { return Math.pow(levels.indexOf(head[i * n + j]) / 63, 2); });
+      buttons.forEach(function (button, j) {
+        button.style.background = "rgba(230,159,0," + Math.sqrt(weights[j]).toFixed(2) + ")";
+        button.style.outline = j === i ? "2px solid #0072B2" : "none";
+        button.title = "about " + Math.round(100 * weights[j]) + " %";
+      });
+      const most = weights.map(function (w, j) { return [w, j]; }).sort(function (a, b) { return b[0] - a[0]; }).slice(0, 4);
+      says.textContent = "Token " + i + " (" + data.tokens[i] + ") looks at: " + most.filter(function (p) { return p[0] > 0.01; })
+        .map(function (p) { return data.tokens[p[1]] + " (token " + p[1] + ", about " + Math.round(100 * p[0]) + " %)"; }).join(", ");
+    }
+    select.onchange = function () { look(held === null ? n - 1 : held); };
+    look(n - 1);
+  });
+})();
+</script>"""
+
+
+def show_attention(maps: Mapping[str, Sequence], tokens: Sequence[str], title: str, alt: str, static: int = 6) -> None:
+    """Heads over a text: a figure of the first `static` of them when nobody watches, a page to point at where somebody does."""
+    from utils.lab import headless
+
+    if headless():
+        show(attention_heads(dict(list(maps.items())[:static]), tokens, title), alt=alt)
+        return
+    from IPython.display import HTML, display
+
+    display(HTML(attention_view(maps, tokens, title)))
+
+
+def cache_speed(lengths: Sequence[int], with_cache: Sequence[float], without: Sequence[float], title: str) -> Figure:
+    """Seconds for one more token after texts of several lengths, with and without a key-value cache, and their ratio."""
+    figure = Figure(figsize=(9, 3.6))
+    left, right = figure.subplots(1, 2)
+    left.plot(lengths, [1000 * s for s in without], color=VERMILION, marker="s", label="all read again")
+    left.plot(lengths, [1000 * s for s in with_cache], color=BLUE, marker="o", label="with a cache")
+    left.set_yscale("log")
+    left.set_ylabel("time of the next token (ms)")
+    left.legend(frameon=False, fontsize=8)
+    ratios = [b / a for a, b in zip(with_cache, without, strict=True)]
+    right.plot(lengths, ratios, color=BLACK, marker="o")
+    for length, ratio in zip(lengths, ratios, strict=True):
+        right.annotate(
+            f"{ratio:.1f}", (length, ratio), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8
+        )
+    right.set_ylabel("times faster with the cache")
+    right.set_ylim(0, 1.15 * max(ratios))
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xlabel("tokens already read")
+        axis.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def memory_on_paper(
+    names: Sequence[str],
+    reading: Mapping[str, Sequence[float]],
+    training: Mapping[str, Sequence[float]],
+    gpu: float,
+    title: str,
+) -> Figure:
+    """Gigabytes to hold each model's weights and to train it with Adam, by number format; `gpu` is one GPU's memory in GB."""
+    figure = Figure(figsize=(10, 0.8 + 0.34 * len(names)))
+    styles = list(zip((BLACK, BLUE, ORANGE, GREEN), ("s", "o", "D", "^"), strict=True))
+    for axis, data, what in zip(
+        figure.subplots(1, 2, sharey=True),
+        (reading, training),
+        ("to read with (weights)", "to train with Adam"),
+        strict=True,
+    ):
+        for (name, values), (colour, marker) in zip(data.items(), styles, strict=True):
+            axis.plot(
+                values, range(len(names)), color=colour, marker=marker, linestyle="none", label=name, markersize=6
+            )
+        axis.axvline(gpu, color=VERMILION, linestyle="--", linewidth=1)
+        axis.annotate(
+            f"one GPU,\n{gpu:g} GB",
+            (gpu, 0.1),
+            color=VERMILION,
+            fontsize=8,
+            ha="left",
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+        )
+        axis.set_xscale("log")
+        axis.set_xlabel("memory (GB, logarithmic)")
+        axis.set_title(what, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def life_cycle(stages: Mapping[str, Mapping[str, str | None]], title: str) -> Figure:
+    """A project's stages from left to right. `stages`: stage to its steps; a step to where the course works on it, or None."""
+    colours = {"1": SKY, "2": ORANGE, "3": GREEN}
+    figure = Figure(figsize=(12, 4.6))
+    axis = figure.subplots()
+    for x, (stage, steps) in enumerate(stages.items()):
+        axis.text(x, 1.02, f"{x + 1}. {stage}", ha="center", va="bottom", fontsize=11, weight="bold")
+        for i, (step, where) in enumerate(steps.items()):
+            y = 0.86 - 0.235 * i
+            week = next((c for c in where or "" if c in colours), None)
+            box = dict(
+                boxstyle="round,pad=0.5",
+                edgecolor=BLACK if week else GREY,
+                linestyle="-" if week else "--",
+                facecolor=colours.get(week, "white"),
+            )
+            text = textwrap.fill(step, 24) + f"\n({where or 'not in this course'})"
+            axis.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
+        if x:
+            axis.annotate("", (x - 0.41, 1.06), (x - 0.59, 1.06), arrowprops=dict(arrowstyle="-|>", color=BLACK))
+    axis.set(xlim=(-0.5, len(stages) - 0.5), ylim=(0, 1.15))
+    axis.axis("off")
+    axis.set_title(textwrap.fill(title, 110), fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def formats_side_by_side(
+    names: Sequence[str],
+    megabytes: Sequence[float],
+    speeds: Mapping[str, Sequence[float]],
+    scores: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    title: str,
+) -> Figure:
+    """Number formats of one model: size, tokens a second (`speeds`: batch to one value a format), ROUGE-1 with its interval."""
+    figure = Figure(figsize=(11.5, 3.5))
+    size, speed, score = figure.subplots(1, 3)
+    places = range(len(names))
+    bars = size.bar(places, megabytes, color=SKY, edgecolor=BLACK)
+    size.bar_label(bars, [f"{m:.0f}" for m in megabytes], fontsize=8)
+    size.set_ylabel("weights (MB)")
+    for i, ((batch, values), colour) in enumerate(zip(speeds.items(), (BLUE, ORANGE), strict=True)):
+        bars = speed.bar(
+            [p + 0.4 * (i - 0.5) for p in places],
+            values,
+            width=0.38,
+            color=colour,
+            edgecolor=BLACK,
+            hatch="//" if i else None,
+            label=batch,
+        )
+        speed.bar_label(bars, [f"{v:.0f}" for v in values], fontsize=8)
+    speed.set_ylabel("tokens written a second")
+    speed.margins(y=0.25)
+    speed.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    errors = [
+        [s - low for s, (low, _) in zip(scores, intervals, strict=True)],
+        [high - s for s, (_, high) in zip(scores, intervals, strict=True)],
+    ]
+    score.errorbar(places, scores, yerr=errors, fmt="o", color=BLUE, capsize=5)
+    score.set_ylabel("ROUGE-1 (95 % interval)")
+    score.set_xlim(-0.5, len(names) - 0.5)
+    for axis in (size, speed, score):
+        axis.set_xticks(places, names)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def scaling_fit(
+    parameters: Sequence[float],
+    tokens: Sequence[float],
+    losses: Sequence[Sequence[float]],
+    predicted: Sequence[Sequence[float]],
+    held_out: int,
+    floor: float,
+    title: str,
+) -> Figure:
+    """Loss above `floor` by tokens and by parameters: measured (points) and predicted (lines); one line a model.
+
+    `losses` and `predicted` are (models, read-outs), in nats a token. The model with index `held_out` was not in the fit.
+    """
+    figure = Figure(figsize=(10, 4.4))
+    by_tokens, by_parameters = figure.subplots(1, 2, sharey=True)
+
+    def draw(axis, x, measured, line, colour, marker, label):
+        axis.plot(x, [v - floor for v in line], color=colour, linewidth=1.5)
+        axis.plot(x, [v - floor for v in measured], marker, color=colour, markersize=5, label=label)
+
+    for i in range(len(parameters)):
+        colour, marker = (VERMILION, "D") if i == held_out else (BLUE, "o")
+        draw(by_tokens, tokens, losses[i], predicted[i], colour, marker, {0: "fitted", held_out: "held out"}.get(i))
+    order = sorted(range(len(parameters)), key=lambda i: parameters[i])
+    columns = {0: BLACK, len(tokens) // 2: GREEN, len(tokens) - 1: ORANGE}  # first, middle and last read-out
+    for j, colour in columns.items():
+        x = [parameters[i] for i in order]
+        measured, line = ([values[i][j] for i in order] for values in (losses, predicted))
+        draw(by_parameters, x, measured, line, colour, "o", f"{tokens[j] / 1e3:.0f} k tokens")
+    for j in columns:
+        by_parameters.plot(
+            parameters[held_out], losses[held_out][j] - floor, "D", color=VERMILION, label=None if j else "held out"
+        )
+    by_tokens.set_xlabel("training tokens (at each line: the model's parameters)")
+    by_parameters.set_xlabel("parameters")
+    by_tokens.set_ylabel("loss above the known entropy\n(nats a token)")
+    for axis in (by_tokens, by_parameters):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g} k")
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axis.grid(alpha=0.2)
+        axis.legend(frameon=False, fontsize=8)
+    by_tokens.set_xlim(min(tokens) / 1.15, max(tokens) * (max(tokens) / min(tokens)) ** 0.2)  # room for the labels
+    figure.suptitle(textwrap.fill(title, 125), fontsize=10)
+    figure.tight_layout()
+    lowest = by_tokens.bbox.y0 - 12  # labels go up from the lowest line, each at least a line of text above the last
+    for i in sorted(range(len(parameters)), key=lambda i: predicted[i][-1]):
+        end = by_tokens.transData.transform((max(tokens), predicted[i][-1] - floor))
+        lowest = max(end[1], lowest + 12)
+        by_tokens.annotate(
+            f"{parameters[i] / 1e3:.1f} k", by_tokens.transData.inverted().transform((end[0], lowest)), textcoords="offset points",
+            xytext=(7, -3), fontsize=8, color=VERMILION if i == held_out else BLUE,
+        )  # fmt: skip
+    return figure
+
+
+def bootstrap_histogram(
+    draws: Sequence[float], interval: tuple[float, float], known: float, title: str, xlabel: str
+) -> Figure:
+    """Bootstrap draws of a quantity as a histogram, with their interval and the known value."""
+    figure = Figure(figsize=(6.4, 3.0))
+    axis = figure.subplots()
+    low, high = interval
+    room = 0.4 * max(high - low, abs(known - low), abs(known - high))
+    edges = (min(low, known) - room, max(high, known) + room)
+    axis.hist([min(max(draw, edges[0]), edges[1]) for draw in draws], bins=40, range=edges, color=GREY)
+    axis.axvspan(low, high, color=BLUE, alpha=0.2, label="95 % interval")
+    axis.axvline(known, color=VERMILION, linewidth=2, label="known")
+    beyond = any(not edges[0] <= draw <= edges[1] for draw in draws)
+    axis.set_xlabel(xlabel + ("; the outermost bars hold all beyond" if beyond else ""))
+    axis.set_ylabel("bootstrap fits")
+    axis.set_title(textwrap.fill(title, 76), fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def tokens_against_parameters(
+    models: Mapping[str, tuple[float, float]],
+    advice: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    budgets: Sequence[float],
+    title: str,
+) -> Figure:
+    """Published models by size and data. `models`: name to (parameters, tokens).
+
+    `advice`: name of a law to the parameters and tokens it advises along growing budgets, points close enough to keep
+    labels off the line. `budgets`: operations, one line of equal 6 N D each.
+    """
+    figure = Figure(figsize=(9, 6.2))
+    axis = figure.subplots()
+    low, high = 5e7, 2e12
+    for budget in budgets:
+        axis.plot([low, high], [budget / 6 / n for n in (low, high)], color=GREY, linewidth=0.8, linestyle=":")
+    colours, styles = (VERMILION, GREEN, ORANGE, BLACK), ("-", "--", "-.", (0, (1, 1)))
+    for (name, (parameters, tokens)), colour, style in zip(advice.items(), colours, styles, strict=False):
+        axis.plot(parameters, tokens, color=colour, linestyle=style, linewidth=1.8, label=name)
+    for n, d in models.values():
+        axis.plot(n, d, "o", color=BLUE, markersize=6)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(low, high)
+    axis.set_ylim(2e9, 4e13)
+    axis.set_xlabel("parameters")
+    axis.set_ylabel("training tokens")
+    axis.set_title(textwrap.fill(title, 95), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
+    axis.grid(alpha=0.2)
+    figure.tight_layout()
+    # Labels last, each where it covers nothing. What may not be covered, in pixels: the models, and the lines of advice.
+    to_pixels = axis.transData.transform
+    crowded = [*to_pixels(list(models.values()))]
+    for line in advice.values():
+        crowded += [*to_pixels(np.transpose(line))]
+    around = [Bbox([point - 10, point + 10]) for point in to_pixels(list(models.values()))]
+    sides = [(7, -3, "left"), (-7, -3, "right"), (0, 7, "center"), (0, -13, "center"), (6, 6, "left"), (6, -12, "left")]
+    sides += [(-6, 6, "right"), (-6, -12, "right"), (0, 17, "center"), (0, -23, "center")]
+    sides += [(-12, 30, "right"), (12, 30, "left"), (-12, -36, "right"), (12, -36, "left")]
+    leader = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    taken = []
+    for i, (name, point) in enumerate(models.items()):
+        places = [(point, (x, y), {"ha": side, "fontsize": 8, "arrowprops": leader}) for x, y, side in sides]
+        taken.append(_label(axis, name, places, [*taken, *around[:i], *around[i + 1 :]], crowded))
+    (_, top), (_, bottom) = to_pixels([(low, 1e12), (high, 1e12 * low / high)])
+    (left, _), (right, _) = to_pixels([(low, 1e12), (high, 1e12)])
+    style = {"rotation": math.degrees(math.atan2(bottom - top, right - left)), "fontsize": 7, "color": "#555555"}
+    for budget in budgets:
+        along = [n for n in np.geomspace(low * 1.2, high / 6, 30) if 3e9 < budget / 6 / n < 2e13]
+        places = [((n, budget / 6 / n), (2, 2), {**style, "rotation_mode": "anchor"}) for n in reversed(along)]
+        taken.append(_label(axis, f"{budget:.0e} operations".replace("e+", "e"), places, taken, crowded))
+    return figure
+
+
+def _label(axis, text: str, places: Sequence[tuple], taken: Sequence, crowded: Sequence):
+    """Write `text` at the one of `places` (point, offset, style) where it covers least, the first of these; returns its box.
+
+    `taken`: boxes of other labels, `crowded`: points; both in pixels.
+    """
+    renderer = FigureCanvasAgg(axis.figure).get_renderer()
+    best = None
+    for point, offset, style in places:
+        note = axis.annotate(text, point, textcoords="offset points", xytext=offset, **style)
+        note.update_positions(renderer)
+        box = Text.get_window_extent(note, renderer)  # of the text alone, without the line to its point
+        inside = axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max)
+        covered = sum(1000 for other in taken if box.overlaps(other)) + box.count_contains(crowded) + 500 * (not inside)
+        if best is None or covered < best[0]:
+            if best:
+                best[1].remove()
+            best = covered, note, box
+        else:
+            note.remove()
+    return best[2]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:

@@ -15,10 +15,10 @@ from math import isfinite
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.generation import base_model, generation_config
-from utils.lab import ExerciseError, LabError
+from utils.lab import LabError
 from utils.prompts import encode
 
 
@@ -262,133 +262,6 @@ def next_logits_of(
         return model(input_ids=source.expand(len(beams), -1), decoder_input_ids=beams).logits[:, -1].float()
 
     return after, [start]
-
-
-# --- checks of the exercises -------------------------------------------------------------------------------------
-
-
-def check_top_p(answer: Callable[[Tensor, float], Tensor]) -> str:
-    """Try a learner's `top_p(logits, p)` mechanism by mechanism; a sentence where it is right, else `ExerciseError`.
-
-    The oracle is transformers' `TopPLogitsWarper`. No case lies so close to `p` that rounding could decide it.
-    """
-
-    def kept(logits: Tensor, p: float) -> list[int]:
-        return torch.isfinite(answer(logits, p)[0]).nonzero()[:, 0].tolist()
-
-    row = torch.tensor([[0.10, 0.45, 0.05, 0.30, 0.10]]).log()
-    before = row.clone()
-    result = answer(row, 0.7)
-    _require(
-        isinstance(result, Tensor) and result.shape == row.shape,
-        f"Return logits of the same shape {tuple(row.shape)}; yours is {getattr(result, 'shape', type(result).__name__)}.",
-    )
-    _require(torch.equal(row, before), "Your function changes the logits it was given: fill a copy (masked_fill).")
-    gone = result[(result != row)]
-    _require(
-        not torch.isfinite(gone).any() and not (gone == float("inf")).any(),
-        f"A removed token must have the logit -inf, and a kept one its old logit; yours has {gone.tolist()[:3]}.",
-    )
-    _require(
-        kept(row + 3, 0.7) == kept(row, 0.7),
-        "Adding 3 to every logit changes which tokens you keep: sum probabilities (softmax), not logits.",
-    )
-    likeliest = {1, 3}  # 0.45 and 0.30
-    mine = set(kept(row, 0.7))
-    _require(
-        len(mine) != len(likeliest) or mine == likeliest,
-        f"You keep tokens {sorted(mine)}, the likeliest are {sorted(likeliest)}: bring the mask back from the sorted order.",
-    )
-    _require(
-        kept(torch.tensor([[0.9, 0.05, 0.05]]).log(), 0.5) == [0],
-        "One token holds 0.9 and p is 0.5: keep that token and no other. An empty set cannot be drawn from.",
-    )
-    mass = sum(float(row.exp()[0, i]) for i in mine)
-    _require(
-        mass > 0.7,
-        f"With p = 0.7 you keep tokens that hold {mass:.2f}: the token that crosses p belongs to the set.",
-    )
-    _require(
-        mine == likeliest,
-        f"With p = 0.7 you keep {len(mine)} tokens, but 2 hold 0.75 already: stop at the token that crosses p.",
-    )
-    _require(
-        torch.isfinite(answer(row, 1.0)).all(), "With p = 1 every token that has a probability stays; you remove some."
-    )
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
-    together = answer(logits, 0.6)
-    alone = torch.cat([answer(logits[i : i + 1], 0.6) for i in range(len(logits))])
-    _require(torch.equal(together, alone), "A row's result depends on the other rows: sum along the last dimension.")
-    for p in (0.1, 0.35, 0.6, 0.95):
-        theirs = TopPLogitsWarper(p)(None, logits)
-        wrong = (answer(logits, p) != theirs).any(-1).sum()
-        _require(
-            wrong == 0, f"With p = {p} transformers keeps another set in {int(wrong)} of {len(logits)} random rows."
-        )
-    return "top_p is right: on 64 random rows it keeps what transformers keeps, for four values of p."
-
-
-def check_neighbours(cosine: Callable[[Tensor, Tensor], Tensor], nearest: Callable[[Tensor], Tensor]) -> str:
-    """Try `cosine(a (n, d), b (m, d)) -> (n, m)` and `nearest(vectors (n, d)) -> (n,)`; `ExerciseError` says what is wrong.
-
-    The oracle is `torch.nn.functional.cosine_similarity`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(5, 8, generator=generator), torch.randn(7, 8, generator=generator)
-    copies = a.clone(), b.clone()
-    mine = cosine(a, b)
-    _require(
-        isinstance(mine, Tensor) and mine.shape == (5, 7),
-        f"5 vectors against 7 make a (5, 7) table; yours is {tuple(getattr(mine, 'shape', ())) or type(mine).__name__}.",
-    )
-    _require(
-        torch.equal(a, copies[0]) and torch.equal(b, copies[1]),
-        "Your function changes the vectors it was given: write a / length, not a /= length.",
-    )
-    _require(
-        torch.allclose(cosine(10 * a, b), mine, atol=1e-5) and torch.allclose(cosine(a, 10 * b), mine, atol=1e-5),
-        "Ten times as long a vector points the same way, yet your similarity changes: divide by both lengths, each the square root of a sum of squares.",
-    )
-    self_similarity = cosine(a, a).diagonal()
-    _require(
-        torch.allclose(self_similarity, torch.ones(5), atol=1e-5),
-        f"A vector and itself have similarity 1, yours is {float(self_similarity[0]):.3f}: is the length the square root "
-        "of the sum of squares, along the last dimension?",
-    )
-    theirs = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
-    _require(torch.allclose(mine, theirs, atol=1e-5), "Your similarities differ from torch's cosine_similarity.")
-
-    # Long vectors and short ones in two directions: length must not decide who is near.
-    vectors = torch.tensor([[1.0, 0.1], [9.0, 0.0], [0.9, 1.0], [0.1, 1.0], [0.0, 7.0]])
-    found = nearest(vectors)
-    _require(
-        isinstance(found, Tensor) and found.shape == (5,) and not found.is_floating_point(),
-        "nearest returns one whole number for each row, the index of its neighbour: (n,) int64.",
-    )
-    _require(
-        not (found == torch.arange(5)).any(),
-        "A row is its own nearest neighbour: fill the diagonal with something smaller than any similarity.",
-    )
-    similarity = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
-    farthest = similarity.argmin(-1)
-    _require(not torch.equal(found, farthest), "You return the least similar row: take the largest cosine.")
-    similarity.fill_diagonal_(-2)
-    _require(
-        torch.equal(found, similarity.argmax(-1)),
-        f"The neighbours by cosine are {similarity.argmax(-1).tolist()}, yours {found.tolist()}: compare directions, not "
-        "distances or dot products.",
-    )
-    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [-1.0, -0.4]])
-    _require(
-        nearest(opposite)[0].item() == 2,
-        "Where all others point away the nearest has a negative cosine: fill the diagonal with less than -1, not with 0.",
-    )
-    return "cosine_similarity and nearest are right: they agree with torch."
-
-
-def _require(right: bool | Tensor, otherwise: str) -> None:
-    if not right:
-        raise ExerciseError(otherwise)
 
 
 def _check(logits: Tensor) -> None:

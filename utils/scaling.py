@@ -1,11 +1,10 @@
 """Scaling laws: a language whose entropy is known exactly, tiny decoders trained on it, and fits of loss against size and data.
 
 The language is a Markov chain over words: the next word depends on the last one alone, so its entropy rate is a sum
-that can be written down, and a fitted law has something to be right about. Two things in it are there for a large model
-to learn late. Words are as unequal as in real text (Zipf), so that rare ones are met rarely: that is the price of little
-data, as in Hutter 2021, "Learning Curve Theory" (arXiv:2102.04074). And what follows a word is made of patterns of falling
-importance, more than a small model has dimensions: that is the price of few parameters, as in Bahri et al. 2021, "Explaining
-neural scaling laws" (arXiv:2102.06701).
+that can be written down, and a fitted law has something to be right about. Two things in it make learning slow. Words are
+unequal (Zipf), so that rare ones are met rarely: that is a price of little data, as in Hutter 2021, "Learning Curve Theory"
+(arXiv:2102.04074). And what follows a word is made of patterns of falling importance, more than a small model has
+dimensions: that is the price of few parameters, as in Bahri et al. 2021, "Explaining neural scaling laws" (arXiv:2102.06701).
 
 The fit is that of Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models" (arXiv:2203.15556), called
 Chinchilla here, section 3.3: the Huber loss between logarithms, from several starts. Their L-BFGS is replaced by
@@ -16,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,12 +60,13 @@ def markov_language(transition: Tensor) -> Language:
 
 
 def zipf_language(
-    vocabulary: int = 128, *, zipf: float = 1.5, strength: float = 1.4, decay: float = 0.75, seed: int = 0
+    vocabulary: int = 128, *, zipf: float = 0.5, strength: float = 1.2, decay: float = 0.9, seed: int = 0
 ) -> Language:
     """A random language: words of Zipf frequency, and after each its own mixture of patterns.
 
     The score of word j after word i is `-zipf * log(j)` plus the sum over patterns k of `strength * k ** -decay * u[i, k] * v[j, k]`,
-    with u and v standard normal; the softmax of the scores is row i.
+    with u and v standard normal; the softmax of the scores is row i. English has a `zipf` near 1. Here it is lower, so that
+    no single word makes up most of a text and languages of different seeds are alike in entropy.
     """
     generator = torch.Generator().manual_seed(seed)
     rank = torch.arange(1, vocabulary + 1, dtype=torch.float64)
@@ -134,16 +135,22 @@ def train_and_read(
     reads: Sequence[int],
     evaluate: Callable[[PreTrainedModel], float],
     *,
-    batch_size: int = 16,
-    learning_rate: float = 0.017,
+    batch_size: int = 32,
+    learning_rate: float = 0.02,
     description: str = "training",
 ) -> list[float]:
     """Train in place, once over `texts` (sequences, length), and call `evaluate` when each number of words in `reads` is used.
 
-    A loss read half-way through a schedule that decays later is too high for its number of words; Hoffmann et al. found this
-    in Kaplan et al. So the learning rate is constant after a warm-up and does not know where the run ends, and what is
-    evaluated is an average of the weights in which step t counts as t to the power 4 (polynomial-decay averaging, Shamir and Zhang
+    A loss read half-way through a schedule that decays later is too high for its number of words (Hoffmann et al., section
+    2). So the learning rate is constant after a warm-up and does not know where the run ends, and what is
+    evaluated is an average of the weights in which step t counts as t to the power 8 (polynomial-decay averaging, Shamir and Zhang
     2013, arXiv:1212.1824): it does for the noise what decay would do, at every step.
+
+    AdamW with no momentum and a long memory of squared gradients, betas (0, 0.999): a rare word's is remembered until it is met
+    again. The gradient's norm is clipped to 1. Without that the loss of wide models rises again and again, since one rare word's
+    large gradient moves all of the head. The rate falls as the square root of the width: wider sums need smaller steps.
+
+    Runs on one thread, `evaluate` as well: the matrices are so small that threads would wait for each other longer than they work.
     """
     per_step = batch_size * (texts.shape[1] - 1)
     steps = [round(read / per_step) for read in reads]
@@ -155,21 +162,34 @@ def train_and_read(
     average = type(model)(model.config).eval()
     average.load_state_dict(model.state_dict())
     weights, averaged = list(model.parameters()), list(average.parameters())
-    rate = learning_rate * (8 / model.config.hidden_size) ** 0.5  # wider sums need smaller steps
-    # The long memory of squared gradients matters: a rare word's is remembered until it is met again.
+    rate = learning_rate * (8 / model.config.hidden_size) ** 0.5
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     losses = []
-    for step in progress(range(1, max(steps) + 1), description=description):
-        batch = texts[(step - 1) * batch_size : step * batch_size]
-        logits = model(batch[:, :-1]).logits
-        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        optimizer.step()
-        warmup.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_([w.data for w in averaged], [w.data for w in weights], 5 / (step + 4))
-        losses += [evaluate(average)] * steps.count(step)
+    with _one_thread():
+        for step in progress(range(1, max(steps) + 1), description=description):
+            batch = texts[(step - 1) * batch_size : step * batch_size]
+            logits = model(batch[:, :-1]).logits
+            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            warmup.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_([w.data for w in averaged], [w.data for w in weights], 9 / (step + 8))
+            if step in steps:
+                losses += [evaluate(average)] * steps.count(step)
     return losses
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch work on one thread, and afterwards on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- the law, and its fit ------------------------------------------------------------------------------------------
