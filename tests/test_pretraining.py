@@ -418,6 +418,9 @@ def check_text_losses(module, tokenizer, models):
         assert torch.equal(first, again), family
         assert not torch.equal(first, other), family
         assert first.isfinite().all(), family
+    little = module.text_losses(models[ENCODER], module.objective(ENCODER, tokenizer, share=0.05), groups)
+    assert 0 < len(little) < 30, "texts in which nothing is hidden have no loss"
+    assert (little > 0).all()
 
 
 def check_heads(module, tokenizer, models):
@@ -431,6 +434,7 @@ def check_heads(module, tokenizer, models):
         new, new_again = (module.with_head(auto, model, 5, keep=False, seed=3) for _ in range(2))
         assert model.config.num_labels != 5
         assert kept.config.num_labels == 5
+        assert not any(m.p for m in kept.modules() if isinstance(m, torch.nn.Dropout)), "one family's head has dropout"
         assert kept(input_ids=torch.tensor([[50, 60, 70]])).logits.shape[-1] == 5
         for name, tensor in kept.base_model.state_dict().items():
             assert torch.equal(tensor, body[name]), f"{family}: {name} is not the model's"
@@ -485,8 +489,8 @@ def check_the_loop(module, tokenizer, models):
     torch.manual_seed(0)
     ids = random_ids(tokenizer, 8, 24)
     make = module.objective(DECODER, tokenizer)
-    ours = pretraining.make_model(DECODER, tokenizer, width=32, layers=1)
-    theirs = pretraining.make_model(DECODER, tokenizer, width=32, layers=1)
+    ours = pretraining.make_model(DECODER, tokenizer, width=32, layers=2)
+    theirs = pretraining.make_model(DECODER, tokenizer, width=32, layers=2)
     batches = []
 
     def draw(generator):
@@ -620,15 +624,17 @@ MUTATIONS = [
     ("max(1, tokens // rows.shape[1])", "tokens // rows.shape[1]", "check_drawing_from_groups"),
     ("max(1, tokens // rows.shape[1])", "1 + tokens // rows.shape[1]", "check_drawing_from_groups"),
     ("torch.randint(len(rows), (number,)", "torch.randint((len(rows) + 1) // 2, (number,)", "check_drawing_from_groups"),
-    ("/ (labels != IGNORED).sum(1).clamp(min=1)", "/ labels.shape[1]", "check_text_losses"),
-    ("losses.append(-label_logprobs", "losses.append(label_logprobs", "check_text_losses"),
+    (".sum(1) / number)[number > 0]", ".sum(1) / labels.shape[1])[number > 0]", "check_text_losses"),
+    (".sum(1) / number)[number > 0]", ".sum(1) / number.clamp(min=1))", "check_text_losses"),
+    ("losses.append((-label_logprobs", "losses.append((label_logprobs", "check_text_losses"),
     ("torch.Generator().manual_seed(seed), []", "torch.Generator().manual_seed(0), []", "check_text_losses"),
     ("    if keep:\n", "    if not keep:\n", "check_heads"),
     ("    if keep:\n", "    if True:\n", "check_heads"),
     ("    torch.manual_seed(seed)\n    config =", "    config =", "check_heads"),
     ("config = copy.deepcopy(model.config)", "config = model.config", "check_heads"),
     ("model.base_model.state_dict())", "model.base_model.state_dict(), assign=True)", "check_heads"),
-    ("    config.num_labels = num_labels\n", "", "check_heads"),
+    ("config.num_labels, config.classifier_dropout = num_labels, 0.0", "config.classifier_dropout = 0.0", "check_heads"),
+    ("config.classifier_dropout = num_labels, 0.0", "config.classifier_dropout = num_labels, 0.1", "check_heads"),
     ("(next(guesses), label) for label in row if label != IGNORED", "(next(guesses), label) for label in row",
      "check_predictions"),
     ("(next(guesses), label) for", "(label, next(guesses)) for", "check_predictions"),
@@ -720,6 +726,12 @@ def test_a_saved_model_loads_as_any_other(family, tokenizer, small_models, tmp_p
         (lambda t: pretraining.objective("recurrent", t), "'recurrent'"),
         (lambda t: pretraining.objective(ENCODER_DECODER, t, share=1.0)(torch.ones(1, 4, dtype=torch.long), seeded()), "share=1.0"),
         (lambda t: pretraining.hide_word(t, "a contrabassoon", 1), "'contrabassoon' is"),
+        (lambda t: pretraining.hide_word(t, "a cat", 2), "place=2"),
+        (lambda t: pretraining.hide_word(t, "a cat", -1), "place=-1"),
+        (lambda t: pretraining.make_model(DECODER, t, layers=3), "layers=3"),
+        (lambda t: pretraining.group_by_length(t, []), "`texts` is empty"),
+        (lambda t: pretraining.with_head(AutoModelForTokenClassification, pretraining.make_model(ENCODER_DECODER, t), 2), "two bodies"),
+        (lambda t: pretraining.word_logprobs(pretraining.make_model(DECODER, t), t, [pretraining.HiddenWord([], 50, [51])]), "hide a later one"),
     ],
 )  # fmt: skip
 def test_errors_say_what_came_and_what_to_do(call, message, tokenizer):

@@ -277,7 +277,7 @@ def check_published(module):
     n, d = module.kaplan_optimal(1000 * day)
     assert n == pytest.approx(1.3e9 * 1000**0.73)
     assert 6 * n * d == pytest.approx(1000 * day)
-    chinchilla = module.PUBLISHED["Chinchilla"]
+    chinchilla = module.TRAINING_RUNS["Chinchilla"]
     n, d = module.REPLICATION.compute_optimal(chinchilla.compute)
     assert 15 < d / n < 30
     assert n == pytest.approx(chinchilla.parameters, rel=0.2)

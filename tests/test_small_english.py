@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import small_english
+from utils.lab import LabError
 
 CHECKS = {}
 TIMES = {"yesterday": ("heri", "it"), "tomorrow": ("mane", "ar"), "every day": ("omni", "el")}
@@ -425,11 +426,11 @@ MUTATIONS = [
     ("number of what is owned", 'if kind == "number" and thing.determiner not in ("his", "her"):', 'if kind == "number":', "pairs_break_one_rule"),
     ("the same owner", 'determiner="her" if thing.determiner == "his" else "his"', "determiner=thing.determiner", "pairs_break_one_rule"),
     ("what may fit", "if not v.objects.keys() & verb.objects.keys()]", "if v is not verb]", "pairs_break_one_rule"),
-    ("read is read", "or verb.base == verb.past or", "or", "pairs_break_one_rule"),
-    ("will goes too", "made.time == TOMORROW or verb", "verb", "pairs_break_one_rule"),
+    ("read is read", " or made.verb.base == made.verb.past:", ":", "pairs_break_one_rule"),
+    ("will goes too", "if made.time == TOMORROW or made.verb", "if made.verb", "pairs_break_one_rule"),
     ("before is after", 'or made.time_first != kind.endswith("before")', "", "pairs_break_one_rule"),
-    ("the same tense", "[present if made.time == YESTERDAY else verb.past]", "[verb.past if made.time == YESTERDAY else present]", "pairs_break_one_rule"),
-    ("agreement broken too", "present = verb.base if made.subject.several else verb.third", "present = verb.third", "pairs_break_one_rule"),
+    ("the same tense", "verb_words=[forms[1]]", "verb_words=[forms[0]]", "pairs_break_one_rule"),
+    ("agreement broken too", "present = made.verb.base if made.subject.several else made.verb.third", "present = made.verb.third", "pairs_break_one_rule"),
     ("pairs turned round", "return Pair(kind, str(made), str(wrong))", "return Pair(kind, str(wrong), str(made))", "pairs_break_one_rule"),
 ]  # fmt: skip
 
@@ -452,3 +453,8 @@ def test_a_broken_module_is_caught(what, old, new, caught_by):
 
 def test_every_check_catches_a_mutation():
     assert {row[3] for row in MUTATIONS} == set(CHECKS)
+
+
+def test_an_unknown_kind_of_pair_is_named():
+    with pytest.raises(LabError, match="no kind 'colour'"):
+        small_english.minimal_pair(small_english.sentences(1)[0], "colour", random.Random(0))

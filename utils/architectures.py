@@ -611,7 +611,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.bits == 8:
+        if self.bits == 8 and len(rows) > 64:  # a prompt: the kernel is made for few rows, writing the weights out pays
+            output = (rows @ self.packed.to(rows.dtype).T) * self.scale
+        elif self.bits == 8:
             output = torch._weight_int8pack_mm(rows, self.packed, self.scale)
         else:
             output = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.GROUP, self.scale)

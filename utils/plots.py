@@ -346,6 +346,7 @@ def shares_against_chance(
     if chance is not None:
         axis.axhline(chance, color=BLACK, linestyle=":", label=f"chance, {chance:.2f}")
     axis.set_xticks(range(len(labels)), labels)
+    axis.margins(y=0.12)
     axis.set_xlim(-0.5, len(labels) - 0.4)
     axis.set_ylabel(ylabel)
     axis.set_title(textwrap.fill(title, 72), fontsize=10)
@@ -356,7 +357,10 @@ def shares_against_chance(
 
 
 def show_source(*things) -> None:
-    """Display the source of functions and classes in colour, docstrings left out: code that is kept in `utils` and not repeated."""
+    """Display the source of functions and classes in colour: code that is kept in `utils` and not repeated in a notebook.
+
+    Left out are docstrings, and checks of the arguments (an `if` that only raises, a call that only checks).
+    """
     from IPython.display import display
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
@@ -369,17 +373,22 @@ def show_source(*things) -> None:
 
 
 def _without_docstrings(thing) -> str:
-    """Source of `thing` with its comments and without the lines of its docstrings."""
+    """Source of `thing` with its comments and without the lines of its docstrings and of its checks."""
     import ast
     import inspect
 
     source = textwrap.dedent(inspect.getsource(thing))
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
+        drop = isinstance(node, ast.If) and not node.orelse and all(isinstance(line, ast.Raise) for line in node.body)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            drop = getattr(node.value.func, "id", "").startswith("_check")
+        first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
-            first, last = node.body[0].lineno, node.body[0].end_lineno
-            if last < len(lines) and not lines[last].strip() and isinstance(node, ast.ClassDef):
+            drop, first, last = True, node.body[0].lineno, node.body[0].end_lineno
+            if last < len(lines) and not lines[last] and isinstance(node, ast.ClassDef):
                 last += 1  # and the empty line under a class's docstring
+        if drop:
             lines[first - 1 : last] = [None] * (last - first + 1)
     return "\n".join(line for line in lines if line is not None)
 

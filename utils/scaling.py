@@ -377,7 +377,7 @@ class Published(NamedTuple):
         return 6 * self.parameters * self.tokens
 
 
-PUBLISHED = {
+TRAINING_RUNS = {
     "GPT-3": Published(175e9, 300e9, "Brown et al. 2020, arXiv:2005.14165"),
     "Gopher": Published(280e9, 300e9, "Rae et al. 2021, arXiv:2112.11446"),
     "Chinchilla": Published(70e9, 1.4e12, "Hoffmann et al. 2022, arXiv:2203.15556"),

@@ -229,6 +229,14 @@ def question(made: Sentence, draw: random.Random) -> tuple[str, str]:
     return word + "?", " ".join(made.parts()[asked[word]])
 
 
+def tenses(made: Sentence) -> tuple[str, str] | None:
+    """The verb as it should be and in the other tense; nothing for tomorrow, and where both are written alike (read)."""
+    present = made.verb.base if made.subject.several else made.verb.third
+    if made.time == TOMORROW or made.verb.base == made.verb.past:
+        return None
+    return (made.verb.past, present) if made.time == YESTERDAY else (present, made.verb.past)
+
+
 class Pair(NamedTuple):
     """Two texts that differ in one place (and in an article before it: an apple, a drum); the grammar makes the first only."""
 
@@ -265,10 +273,10 @@ def minimal_pair(made: Sentence, kind: str, draw: random.Random) -> Pair | None:
         noun = draw.choice(list(other.objects))
         wrong = replace(made, thing=replace(thing, noun=noun, plural=other.objects[noun]))
     elif kind in ("time, said before", "time, said after"):
-        if made.time == TOMORROW or verb.base == verb.past or made.time_first != kind.endswith("before"):
+        forms = tenses(made)
+        if forms is None or made.time_first != kind.endswith("before"):
             return None
-        present = verb.base if made.subject.several else verb.third
-        wrong = replace(made, verb_words=[present if made.time == YESTERDAY else verb.past])
+        wrong = replace(made, verb_words=[forms[1]])
     else:
         return None
     return Pair(kind, str(made), str(wrong))
