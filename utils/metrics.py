@@ -5,8 +5,8 @@ lower-cased runs of letters and digits, as in the `rouge-score` package. Left ou
 jackknife of section 2.1 (the best of every M - 1 of M references, averaged, so that people and systems can be
 compared); here the reference with the highest F-measure counts, as in `rouge-score`.
 
-Lin's own script, ROUGE-1.5.5, departs from his paper in two places, and here the paper is followed. In ROUGE-W the
-script applies the weight to the reference's length twice, so that a text does not recall all of itself, and it takes
+Lin's own script, ROUGE-1.5.5, parts from his paper in ROUGE-W and ROUGE-SU, where the paper is followed here. In ROUGE-W
+the script applies the weight to the reference's length twice, so that a text does not recall all of itself, and takes
 words for neighbours that are so in the reference alone. In ROUGE-SU it leaves out each text's last word.
 """
 
