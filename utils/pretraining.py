@@ -267,9 +267,8 @@ def make_model(
     torch.manual_seed(seed)
     heads, inner, end = width // 32, width * 8 // 3, tokenizer.eos_token_id
     tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=end)
-    scale = dict(
-        initializer_range=0.05
-    )  # a step is a share of a weight's size: from the usual 0.02 the first ones are too small
+    # A step is a share of a weight's size: from the usual 0.02 the first ones would be too small.
+    scale = dict(initializer_range=0.05)
     size = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
     if family == ENCODER:
         everything = ["full_attention"] * layers
