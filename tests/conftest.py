@@ -1,7 +1,9 @@
 """Tiny models with random weights, made once a session: Llama, GPT-2, T5 and BERT, each with a tokenizer of its own."""
 
+import inspect
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["LAB_HEADLESS"] = "1"
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+
+def broken_copy(module: types.ModuleType, search: str, replacement: str) -> types.ModuleType:
+    """`module` with one piece of its source replaced, as a fresh module; `search` has to stand there exactly once."""
+    source = inspect.getsource(module)
+    assert source.count(search) == 1, f"{search!r} stands {source.count(search)} times in the source, not once"
+    copy = types.ModuleType(f"broken_{module.__name__.rpartition('.')[2]}")
+    copy.__file__ = module.__file__
+    sys.modules[copy.__name__] = copy  # dataclasses look their module up
+    exec(compile(source.replace(search, replacement), f"{copy.__name__}.py", "exec"), copy.__dict__)  # noqa: S102 - our own source
+    return copy
+
 
 WORDS = [
     "the",

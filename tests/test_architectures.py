@@ -7,12 +7,11 @@ import copy
 import functools
 import inspect
 import itertools
-import sys
-import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import broken_copy
 from torch import nn
 from transformers import AutoConfig, DistilBertConfig, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -559,18 +558,9 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def mutant(old, new):
-    source = inspect.getsource(architectures)
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in the module: update this mutation"
-    module = types.ModuleType("architectures_mutant")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source.replace(old, new), module.__name__, "exec"), module.__dict__)  # noqa: S102 - our own source
-    return module
-
-
 @pytest.mark.parametrize(("what", "old", "new", "caught_by"), MUTATIONS, ids=[row[0] for row in MUTATIONS])
 def test_a_broken_module_is_caught(what, old, new, caught_by):
-    module = mutant(old, new)
+    module = broken_copy(architectures, old, new)
     with pytest.raises(Exception):  # noqa: B017, PT011 - broken code may fail in any way
         CHECKS[caught_by](module)
 

@@ -6,16 +6,15 @@ Not every definition of `rouge-metric` is the paper's (Lin 2004): it follows the
 as it is; of ROUGE-W its table and its precision; of ROUGE-SU its pairs and its words (see the checks).
 """
 
-import importlib.util
 import itertools
 import random
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import broken_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_metric import PyRouge, py_rouge
@@ -579,21 +578,11 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def broken_copy(search: str, replacement: str):
-    """The module with one piece of its source replaced, as a fresh module object."""
-    source = Path(metrics.__file__).read_text(encoding="utf-8")
-    assert source.count(search) == 1, f"{search!r} stands {source.count(search)} times in the source, not once"
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("broken_metrics", loader=None))
-    module.__file__ = metrics.__file__
-    exec(compile(source.replace(search, replacement), "broken_metrics.py", "exec"), module.__dict__)  # noqa: S102  our own source
-    return module
-
-
 @pytest.mark.parametrize(
     ("search", "replacement", "check"), MUTATIONS, ids=[f"{m[2][6:]}-{i}" for i, m in enumerate(MUTATIONS)]
 )
 def test_a_broken_line_is_noticed(search, replacement, check):
-    module = broken_copy(search, replacement)
+    module = broken_copy(metrics, search, replacement)
     with pytest.raises(
         (AssertionError, ArithmeticError, LookupError, LabError, TypeError, ValueError, pytest.fail.Exception)
     ):

@@ -4,16 +4,14 @@ Each check takes the module, so that the same check runs on the real one and on 
 check notices would be one that a learner's numbers would not show either.
 """
 
-import importlib.util
 import itertools
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import broken_copy
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -654,24 +652,12 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def broken_copy(search: str, replacement: str):
-    """The module with one piece of its source replaced, as a fresh module object."""
-    source = Path(pretraining.__file__).read_text(encoding="utf-8")
-    assert source.count(search) == 1, f"{search!r} stands {source.count(search)} times in the source, not once"
-    spec = importlib.util.spec_from_loader("broken_pretraining", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    module.__file__ = pretraining.__file__
-    sys.modules["broken_pretraining"] = module  # dataclasses look their module up
-    exec(compile(source.replace(search, replacement), "broken_pretraining.py", "exec"), module.__dict__)  # noqa: S102  our own source
-    module.choose_dtype = pretraining.choose_dtype
-    return module
-
-
 @pytest.mark.parametrize(
     ("search", "replacement", "check"), MUTATIONS, ids=[f"{m[2][6:]}-{i}" for i, m in enumerate(MUTATIONS)]
 )
 def test_a_broken_line_is_noticed(search, replacement, check, tokenizer, small_models):
-    module = broken_copy(search, replacement)
+    module = broken_copy(pretraining, search, replacement)
+    module.choose_dtype = pretraining.choose_dtype
     with pytest.raises(Exception):  # noqa: B017, PT011 - broken code may fail in any way
         CHECKS[check](module, tokenizer, small_models)
 

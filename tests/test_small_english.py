@@ -5,14 +5,12 @@ both. The judge here is a regular expression that shares only the lists of words
 on `utils.small_english`, the mutations on a copy with one line broken.
 """
 
-import inspect
 import random
 import re
-import sys
-import types
 from collections import Counter
 
 import pytest
+from conftest import broken_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -435,18 +433,9 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def mutant(old, new):
-    source = inspect.getsource(small_english)
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in the module: update this mutation"
-    module = types.ModuleType("small_english_mutant")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source.replace(old, new), module.__name__, "exec"), module.__dict__)  # noqa: S102 - our own source
-    return module
-
-
 @pytest.mark.parametrize(("what", "old", "new", "caught_by"), MUTATIONS, ids=[row[0] for row in MUTATIONS])
 def test_a_broken_module_is_caught(what, old, new, caught_by):
-    module = mutant(old, new)
+    module = broken_copy(small_english, old, new)
     with pytest.raises(Exception):  # noqa: B017, PT011 - broken code may fail in any way
         CHECKS[caught_by](module)
 
