@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils import generation
-from utils.generation import FAST_DECODE, RoomyLayer, completion_length, fast_decode_attention, generate, pad_left
+from utils.generation import RoomyLayer, completion_length, generate, pad_left
+from utils.kernels import FAST_ATTENTION
 from utils.models import choose_dtype, load_model
 from utils.prompts import encode
 
@@ -183,100 +183,14 @@ def test_truncated_says_whether_the_limit_of_tokens_ended_it(lively):
     assert not ended.truncated
 
 
-# --- fast attention ----------------------------------------------------------------------------------------------
-
-
-def attention_inputs(queries, heads=4, kv_heads=2, length=7):
-    torch.manual_seed(0)
-    query = torch.randn(2, queries, heads, 8).transpose(1, 2)
-    key, value = torch.randn(2, 2, kv_heads, length, 8)
-    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True, training=False)
-    mask = torch.ones(2, 1, queries, length, dtype=torch.bool)
-    mask[0, :, :, :3] = False  # left padding
-    return module, query, key, value, mask
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("mask_kind", ["bool", "float", "none"])
-def test_one_query_over_a_cache_gives_what_sdpa_gives(monkeypatch, kv_heads, mask_kind):
-    module, query, key, value, mask = attention_inputs(1, kv_heads=kv_heads)
-    mask = {"bool": mask, "float": torch.zeros(mask.shape).masked_fill(~mask, -1e9), "none": None}[mask_kind]
-    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    monkeypatch.setattr(generation, "sdpa_attention_forward", None)  # must not be needed
-    got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_padding_in_the_cache_has_no_weight():
-    module, query, key, value, mask = attention_inputs(1)
-    before, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-    key[0, :, :3], value[0, :, :3] = 7.0, 1e6
-    after, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-    assert torch.equal(before, after)
-
-
-@torch.no_grad()
-def test_free_places_of_the_cache_have_no_weight_and_change_nothing(monkeypatch):
-    module, query, key, value, mask = attention_inputs(1)
-    wanted, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-    layer = RoomyLayer()
-    key, value = layer.update(key, value)
-    assert key.buffer.shape[2] > key.shape[2]
-    key.buffer[:, :, 7:] = 50.0
-    got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("queries", [2, 64, 65, 150])
-@pytest.mark.parametrize(("past", "padded"), [(0, True), (70, True), (0, False)])
-def test_a_prompt_read_in_pieces_gives_what_sdpa_gives(monkeypatch, kv_heads, queries, past, padded):
-    module, query, key, value, _ = attention_inputs(queries, kv_heads=kv_heads, length=past + queries)
-    mask = torch.ones(queries, past + queries, dtype=torch.bool).tril(past).repeat(2, 1, 1, 1)
-    mask[0, ..., 0] = not padded
-    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    monkeypatch.setattr(generation, "sdpa_attention_forward", None)  # must not be needed
-    key, value = RoomyLayer().update(key.bfloat16(), value.bfloat16())
-    got, _ = fast_decode_attention(module, query.bfloat16(), key, value, mask if padded else None, scaling=0.3)
-    assert got.isfinite().all()
-    sees = mask.any(-1)[:, 0]  # not so the first query, where it is padding and has no past
-    torch.testing.assert_close(got.float()[sees], wanted[sees], atol=0.03, rtol=0.03)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("why", ["no room", "float32", "float mask", "not causal", "position bias"])
-def test_other_passes_over_several_queries_are_left_to_sdpa(monkeypatch, why):
-    """Above all those without a cache of ours: a pass that scores a text rounds as the one that is trained does."""
-    module, query, key, value, mask = attention_inputs(3, length=3)
-    dtype = torch.float32 if why == "float32" else torch.bfloat16
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if why != "no room":
-        key, value = RoomyLayer().update(key, value)
-    if why == "float mask":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
-    module.is_causal = why != "not causal"
-    bias = {"position_bias": torch.zeros(1, 4, 3, 3)} if why == "position bias" else {}
-    monkeypatch.setattr(generation, "sdpa_attention_forward", lambda *_, **__: "sdpa")
-    assert fast_decode_attention(module, query, key, value, mask, scaling=0.3, **bias) == "sdpa"
-
-
-def test_several_queries_and_training_are_left_to_sdpa():
-    for queries, gradients in ((3, False), (1, True)):
-        module, query, key, value, mask = attention_inputs(queries)
-        with torch.set_grad_enabled(gradients):
-            got, _ = fast_decode_attention(module, query, key, value, mask, scaling=0.3)
-            wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-        assert torch.equal(got, wanted)
+# --- fast attention over our caches ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fast_attention_gives_the_logits_of_sdpa_over_a_cache_with_left_padding(tiny_folders, family):
     logits = []
-    for attention in ("sdpa", FAST_DECODE):
+    for attention in ("sdpa", FAST_ATTENTION):
         model, tokenizer = load_model(
             tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=attention
         )
@@ -304,7 +218,7 @@ def test_fast_attention_gives_the_logits_of_sdpa_over_a_cache_with_left_padding(
 def test_fast_attention_writes_what_sdpa_writes(tiny_folders, family, monkeypatch):
     options = dict(dtype=torch.float32, device="cpu")
     sdpa, tokenizer = load_model(tiny_folders[family], **options, attn_implementation="sdpa")
-    fast, _ = load_model(tiny_folders[family], **options, attn_implementation=FAST_DECODE)
+    fast, _ = load_model(tiny_folders[family], **options, attn_implementation=FAST_ATTENTION)
     assert write(fast, tokenizer, max_new_tokens=16) == write(sdpa, tokenizer, max_new_tokens=16)
 
 
@@ -391,7 +305,7 @@ def test_a_deep_copy_of_a_cache_with_room_shares_nothing():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_logits_over_a_cache_with_room_are_those_over_transformers_cache(tiny_folders, family):
-    model, _ = load_model(tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=FAST_DECODE)
+    model, _ = load_model(tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=FAST_ATTENTION)
     torch.manual_seed(0)
     theirs, ours = DynamicCache(config=model.config), generation._roomy_cache(model)
     assert {type(layer) for layer in ours.layers} == {RoomyLayer}
@@ -423,7 +337,7 @@ def test_prompts_of_like_length_are_read_together_and_no_others(lively, monkeypa
 @pytest.mark.parametrize("family", KINDS)
 def test_greedy_completions_are_those_of_transformers(tiny_folders, family):
     options = dict(dtype=torch.float32, device="cpu")
-    model, tokenizer = load_model(tiny_folders[family], **options, attn_implementation=FAST_DECODE)
+    model, tokenizer = load_model(tiny_folders[family], **options, attn_implementation=FAST_ATTENTION)
     plain, _ = load_model(tiny_folders[family], **options)
     for prompt, completion in zip(PROMPTS, write(model, tokenizer, max_new_tokens=80), strict=True):
         ids = torch.tensor([encode(tokenizer, prompt)])

@@ -2,7 +2,7 @@
 
 `generate` sorts the prompts by length, reads what all of them begin with (the worked examples) once and prompts of like
 length together, and returns the completions in the order of the prompts. What makes it fast: a cache that has room for
-what comes (`RoomyLayer`), attention by plain matrix products (`fast_decode_attention`), and bfloat16 weights in the order
+what comes (`RoomyLayer`), attention by plain matrix products (`utils.kernels`), and bfloat16 weights in the order
 in which the processor multiplies them (`_packed_weights`). Left out of what `transformers` offers: assisted decoding,
 streaming. Left out, too: dropping the rows that have ended. Eight rows cost the linear layers four fifths of what sixteen
 do, and with fewer rows a seed would draw other samples.
@@ -21,85 +21,16 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from utils.lab import progress
 from utils.models import choose_dtype
 from utils.prompts import encode
-
-FAST_DECODE = "sdpa_fast_decode"
-
-
-def fast_decode_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
-):
-    """`sdpa`, but generation over a grouped-query cache is plain matrix products.
-
-    query (batch, heads, queries, head_dim) against key and value (batch, kv_heads, length, head_dim): the query heads
-    that share a key-value head become rows of one matrix, so nothing is repeated in memory. On a CPU one query is about
-    twice as fast as with `scaled_dot_product_attention`, and a prompt in bfloat16 too. Prompts are read this way only into
-    a cache of `RoomyLayer`s: a forward pass that scores a text rounds as the one that is trained does.
-    """
-    batch, heads, queries, head_dim = query.shape
-    reads_prompt = (
-        hasattr(key, "buffer")
-        and key.dtype == torch.bfloat16
-        and getattr(module, "is_causal", False)
-        and (attention_mask is None or attention_mask.dtype == torch.bool)
-    )
-    if torch.is_grad_enabled() or (queries > 1 and not reads_prompt) or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    if queries > 1:
-        return _read_prompt(query, key, value, attention_mask, scaling), None
-    kv_heads, length = key.shape[1:3]
-    # A part of a buffer would be copied for each product, so the free places are multiplied, too, and cut off.
-    keys, values = getattr(key, "buffer", key), getattr(value, "buffer", value)
-    scores = query.view(batch, kv_heads, heads // kv_heads, head_dim) @ keys.transpose(2, 3)
-    scores = scores[..., :length] * scaling
-    if attention_mask is not None:
-        mask = attention_mask[..., :length]  # (batch, 1, 1, length)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = F.pad(weights, (0, values.shape[2] - length))
-    return (weights @ values).view(batch, heads, 1, head_dim).transpose(1, 2), None
-
-
-def _read_prompt(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Causal attention of many queries, 64 at a time: their scores stay in the processor's cache, later keys are left out.
-
-    query (batch, heads, queries, head_dim), key and value (batch, kv_heads, length, head_dim), mask boolean
-    (batch, 1, queries, length). Returns (batch, queries, heads, head_dim).
-    """
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, length = key.shape[1:3]
-    if mask is None:
-        mask = torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
-    query = (query * scaling).view(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    output = query.new_empty(batch, queries, heads, head_dim)
-    lowest = torch.finfo(query.dtype).min  # not -inf, of which padding, which sees nothing, would become NaN
-    for start in range(0, queries, 64):
-        end = min(start + 64, queries)
-        seen = length - queries + end
-        scores = query[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim) @ key[:, :, :seen].transpose(2, 3)
-        scores = scores.view(batch, heads, -1, seen).masked_fill_(~mask[:, :, start:end, :seen], lowest)
-        weights = torch.softmax(scores, dim=-1).view(batch, kv_heads, -1, seen)
-        output[:, start:end] = (weights @ value[:, :, :seen]).view(batch, heads, -1, head_dim).transpose(1, 2)
-    return output
-
-
-AttentionInterface.register(FAST_DECODE, fast_decode_attention)
-AttentionMaskInterface.register(FAST_DECODE, sdpa_mask)
 
 
 class RoomyLayer(DynamicLayer):

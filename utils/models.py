@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from utils.kernels import FAST_ATTENTION
 from utils.lab import LabError, one_line
 
 DECODER, ENCODER_DECODER, ENCODER = "decoder-only", "encoder-decoder", "encoder-only"
@@ -135,7 +136,7 @@ def load_model(
 
     The head follows the architecture: a language-modelling head for decoder-only and encoder-decoder models, none for
     an encoder; with `num_labels` any of them gets a sequence-classification head. `dtype` and `device` default to
-    what the hardware does best. Raises what `resolve` raises.
+    what the hardware does best; so does the attention of decoder-only models (`utils.kernels`). Raises what `resolve` raises.
     """
     folder = resolve(name)
     device = torch.device(device) if device is not None else choose_device()
@@ -153,6 +154,8 @@ def load_model(
         with _quiet_transformers():
             model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if kind == DECODER and attn_implementation is None and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(FAST_ATTENTION)
     except Exception as error:  # the loaders raise a dozen types; a learner needs the file and the reason
         raise ModelFileError(
             f"The model in {folder} cannot be read ({type(error).__name__}: {one_line(error)}): "

@@ -2,16 +2,22 @@
 Seq2SeqTrainer for encoder-decoders (TRL trains none), behind one function.
 
 What is left out of both trainers' defaults: gradient checkpointing (it saves memory that a small model does not need
-and costs a second forward pass), and logits where no label is (with prompts left out of the loss, nine tenths of the
-head's work). Batches hold examples of like length.
+and costs a second forward pass), and logits before the first label (with prompts left out of the loss, nine tenths of the
+head's work). Batches hold examples of like length. With `checkpoints` a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +36,17 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from trl import SFTConfig, SFTTrainer
 
-from utils.generation import base_model
-from utils.lab import LabError, progress
+from utils.kernels import fused_lora
+from utils.lab import LabError, progress, write_atomically
 from utils.prompts import IGNORED
 
 
 @dataclass
 class FineTuneConfig:
-    """Settings of one fine-tuning run. `batch_size` counts examples an optimizer step; `micro_batch_size` a forward pass."""
+    """Settings of one fine-tuning run. `batch_size` counts examples an optimizer step; `micro_batch_size` a forward pass.
+
+    `save_steps`: optimizer steps between two checkpoints, where there are any.
+    """
 
     learning_rate: float = 5e-4
     epochs: int = 1
@@ -45,6 +54,7 @@ class FineTuneConfig:
     micro_batch_size: int = 2
     warmup_share: float = 0.1
     seed: int = 0
+    save_steps: int = 10
 
 
 def lora_config(
@@ -72,12 +82,17 @@ def fine_tune(
     config: FineTuneConfig,
     *,
     adapter: PeftConfig | None = None,
+    checkpoints: str | os.PathLike | None = None,
     description: str = "fine-tuning",
 ) -> tuple[PreTrainedModel | PeftModel, list[float]]:
     """Train on `examples` (`input_ids` and `labels`, see `encode_example`); return the model and the loss of each step.
 
     With `adapter` only the adapter is trained and the returned model is a `PeftModel` around `model`, whose own
-    weights do not change; without, `model` itself is trained. Raises `LabError` where no example has a label.
+    weights do not change; without, `model` itself is trained. A `model` that is a `PeftModel` is trained as it is.
+
+    With a folder `checkpoints` the run is saved there every `save_steps` steps; called again after it was killed, it goes
+    on from the last whole checkpoint to the same final weights, and removes the folder's checkpoints at its end. Raises
+    `LabError` where no example has a label, or where the folder holds the checkpoints of another run.
     """
     if not any(label != IGNORED for example in examples for label in example["labels"]):
         raise LabError("No example has a label to learn: every label is -100. Build examples with `encode_example`.")
@@ -87,9 +102,14 @@ def fine_tune(
     torch.manual_seed(config.seed)
     if adapter is not None:
         model = get_peft_model(model, adapter)
-    with tempfile.TemporaryDirectory() as scratch:
-        shared = dict(
-            output_dir=scratch,
+    with contextlib.ExitStack() as stack:
+        if checkpoints is None:
+            folder, last = stack.enter_context(tempfile.TemporaryDirectory()), None
+        else:
+            folder, last = os.fspath(checkpoints), _last_checkpoint(Path(checkpoints), model, examples, config)
+        encoder_decoder = model.config.is_encoder_decoder
+        arguments = (Seq2SeqTrainingArguments if encoder_decoder else SFTConfig)(
+            output_dir=folder,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=config.batch_size // micro,
             num_train_epochs=config.epochs,
@@ -101,75 +121,140 @@ def fine_tune(
             bf16=model.dtype == torch.bfloat16,
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=model.device.type == "cuda",
-            save_strategy="no",
+            save_strategy="no" if checkpoints is None else "steps",
+            save_steps=config.save_steps,
             logging_steps=1,
             disable_tqdm=True,
             report_to="none",
             seed=config.seed,
+            **({} if encoder_decoder else {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}),
         )
-        bar = ProgressBar(description)
-        columns = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
-        if (
-            not model.config.is_encoder_decoder
-        ):  # nothing predicts the first token, and the trainer would count its label
-            columns = [{**e, "labels": [IGNORED, *e["labels"][1:]]} for e in columns]
-        dataset = Dataset.from_list(columns)
-        if model.config.is_encoder_decoder:
-            trainer = _EncoderDecoderTrainer(
-                model=model,
-                args=Seq2SeqTrainingArguments(**shared),
-                train_dataset=dataset,
-                data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-                processing_class=tokenizer,
-                callbacks=[bar],
-            )
-        else:
-            trainer = _CompletionTrainer(
-                model=model,
-                args=SFTConfig(**shared, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-                train_dataset=dataset,
-                processing_class=tokenizer,
-                callbacks=[bar],
-            )
+        trainer = (_EncoderDecoderTrainer if encoder_decoder else _CompletionTrainer)(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(_columns(examples, encoder_decoder)),
+            data_collator=_collator(model, tokenizer),
+            processing_class=tokenizer,
+            callbacks=[ProgressBar(description)],
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with fused_lora(model):
+            trainer.train(resume_from_checkpoint=last)
+        if checkpoints is not None:
+            shutil.rmtree(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer.accelerator.unwrap_model(trainer.model).eval(), losses
 
 
-class _CompletionTrainer(SFTTrainer):
-    """SFTTrainer that computes logits only where a completion token is predicted."""
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, list[int]]],
+    batch_size: int = 8,
+) -> float:
+    """Mean cross-entropy of the labels of `examples`, in nats a token. The model is in evaluation mode meanwhile."""
+    columns = _columns(sorted(examples, key=lambda e: len(e["input_ids"])), model.config.is_encoder_decoder)
+    collate, total, count, was_training = _collator(model, tokenizer), 0.0, 0, model.training
+    model.eval()
+    for first in progress(range(0, len(columns), batch_size), description="measuring the loss"):
+        batch = collate(columns[first : first + batch_size]).to(model.device)
+        logits, labels = _where_labelled(model, batch)
+        total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        count += len(labels)
+    model.train(was_training)
+    return total / count
+
+
+def _columns(examples: Sequence[dict[str, list[int]]], encoder_decoder: bool) -> list[dict[str, list[int]]]:
+    """What the trainers read. Nothing predicts a decoder's first token, and they would count its label."""
+    rows = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
+    return rows if encoder_decoder else [{**row, "labels": [IGNORED, *row["labels"][1:]]} for row in rows]
+
+
+def _collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads `input_ids` and `labels`, a decoder's on the right; gives an encoder-decoder its `decoder_input_ids`."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    collate = DataCollatorForSeq2Seq(tokenizer, model=inner if model.config.is_encoder_decoder else None)
+
+    def padded_right(rows: list[dict[str, list[int]]]):
+        side, tokenizer.padding_side = tokenizer.padding_side, "right"
+        try:
+            return collate(rows)
+        finally:
+            tokenizer.padding_side = side
+
+    return padded_right
+
+
+def _where_labelled(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (tokens, vocabulary) and labels (tokens,) at every position that has a label."""
+    labels = batch["labels"]
+    if "decoder_input_ids" in batch:
+        logits = model(**batch).logits
+    else:
+        labels = labels[:, 1:]  # a position predicts the next token
+        first = int((labels != IGNORED).any(0).nonzero()[0])
+        labels = labels[:, first:]
+        kept = labels.shape[1] + 1  # counted from the end, so that a learned prompt in front changes nothing
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+    keep = labels != IGNORED
+    return logits[keep], labels[keep]
+
+
+class _LabelsOnly:
+    """A trainer whose loss is a mean over the labels of a whole step, and whose checkpoints appear whole or not at all."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        causal = base_model(self.accelerator.unwrap_model(model))
-        keep = _labelled_positions(inputs["labels"])
-        hidden = causal.base_model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state
-        logits = causal.get_output_embeddings()(hidden[:, :-1][keep])
-        return _mean_over_step(logits, inputs["labels"][:, 1:][keep], num_items_in_batch)
+        logits, labels = _where_labelled(model, inputs)
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir)
+        partial = folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.args.output_dir = os.fspath(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = os.fspath(folder)
+        older = list(folder.glob("checkpoint-*"))
+        for written in partial.iterdir():
+            os.replace(written, folder / written.name)
+        for path in older:
+            shutil.rmtree(path)
 
 
-class _EncoderDecoderTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer whose loss is a mean over the tokens of a whole step; T5's own is one over each micro-batch."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits, labels = model(**inputs).logits, inputs["labels"]
-        keep = labels != IGNORED
-        return _mean_over_step(logits[keep], labels[keep], num_items_in_batch)
+class _CompletionTrainer(_LabelsOnly, SFTTrainer):
+    """TRL's, for decoders."""
 
 
-def _mean_over_step(
-    logits: torch.Tensor, labels: torch.Tensor, tokens_of_step: torch.Tensor | int | None
-) -> torch.Tensor:
-    """Cross-entropy of (tokens, vocabulary) logits, divided by the label count of all micro-batches of the step."""
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / (len(labels) if tokens_of_step is None else tokens_of_step)
+class _EncoderDecoderTrainer(_LabelsOnly, Seq2SeqTrainer):
+    """transformers', for encoder-decoders."""
 
 
-def _labelled_positions(labels: torch.Tensor) -> torch.Tensor:
-    """(batch, length - 1) bool: the positions whose next token has a label."""
-    return labels[:, 1:] != IGNORED
+def _last_checkpoint(
+    folder: Path, model: nn.Module, examples: Sequence[dict[str, list[int]]], config: FineTuneConfig
+) -> str | None:
+    """The newest whole checkpoint of this very run in `folder`, or None where it has not begun."""
+    adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
+    everything = [asdict(config), adapter, model.config.to_dict(), list(examples)]
+    run = hashlib.sha256(json.dumps(everything, sort_keys=True, default=_plain).encode()).hexdigest()
+    mark = folder / "run.sha256"
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if found and (not mark.is_file() or mark.read_text(encoding="utf-8") != run):
+        raise LabError(
+            f"{folder} holds checkpoints of a run with other settings, data or model: delete the folder, or give `checkpoints` another."
+        )
+    write_atomically(mark, run)
+    return os.fspath(found[-1]) if found else None
+
+
+def _plain(value: object) -> object:
+    """For JSON: a set has no order that would be the same in the next process."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 class ProgressBar(TrainerCallback):

@@ -1,0 +1,194 @@
+"""What makes training and scoring on a CPU fast: attention by plain matrix products, and LoRA as one step of the graph.
+
+`FAST_ATTENTION` is the name under which transformers finds the attention (`attn_implementation`); `load_model` sets it for
+decoders. Elsewhere than on a CPU, in other dtypes than bfloat16, with dropout or an additive mask it is
+`scaled_dot_product_attention`, whose backward pass in bfloat16 on a CPU takes three times as long. `fused_lora` is for the
+time of a training run. `benchmarks/sft.py` measures both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+FAST_ATTENTION = "sdpa_fast_cpu"
+QUERIES = 128  # a part's scores stay in the processor's cache
+
+
+def fast_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """`sdpa`, but many queries in bfloat16 go through `CausalAttention` and one query is two matrix products.
+
+    query (batch, heads, queries, head_dim) against key and value (batch, kv_heads, length, head_dim): the query heads
+    that share a key-value head become rows of one matrix, so nothing is repeated in memory. A text that is scored and one
+    that is trained on take the same way, so that their log-probabilities are equal to the bit.
+    """
+    queries = query.shape[2]
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    plain_mask = attention_mask is None or attention_mask.dtype == torch.bool
+    biased = kwargs.get("position_bias") is not None
+    if (
+        queries > 1
+        and query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and getattr(module, "is_causal", False)
+        and plain_mask
+        and not (dropout or biased)
+    ):
+        return CausalAttention.apply(query, key, value, attention_mask, scaling), None
+    if queries > 1 or torch.is_grad_enabled() or biased:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    return _one_query(query, key, value, attention_mask, scaling), None
+
+
+AttentionInterface.register(FAST_ATTENTION, fast_attention)
+AttentionMaskInterface.register(FAST_ATTENTION, sdpa_mask)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention of the last `queries` of `length` positions, part by part; what comes later is left out, not masked.
+
+    Forward: query (batch, heads, queries, head_dim), key and value (batch, kv_heads, length, head_dim), mask boolean
+    (batch, 1, queries, length) or None, scaling a number. Returns (batch, queries, heads, head_dim). Half the products and
+    half the softmax of attention over a masked square; the weights are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        batch, heads, queries, head_dim = query.shape
+        kv_heads, length = key.shape[1:3]
+        if mask is None:
+            mask = torch.ones(1, 1, queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
+        hidden = ~mask
+        query = (query * scaling).view(batch, kv_heads, heads // kv_heads, queries, head_dim)
+        keys = key.transpose(2, 3)
+        output = query.new_empty(batch, queries, heads, head_dim)
+        lowest = torch.finfo(query.dtype).min  # not -inf, of which padding, which sees nothing, would become NaN
+        weights = []
+        for start in range(0, queries, QUERIES):
+            end = min(start + QUERIES, queries)
+            seen = length - queries + end
+            scores = query[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim) @ keys[..., :seen]
+            scores = scores.view(batch, heads, -1, seen).masked_fill_(hidden[:, :, start:end, :seen], lowest)
+            part = torch.softmax(scores, dim=-1).view(batch, kv_heads, -1, seen)
+            output[:, start:end] = (part @ value[:, :, :seen]).view(batch, heads, -1, head_dim).transpose(1, 2)
+            weights.append(part)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, *weights = ctx.saved_tensors
+        batch, kv_heads, group, queries, head_dim = query.shape
+        heads, end = kv_heads * group, 0
+        grad_query = grad.new_empty(batch, heads, queries, head_dim)
+        grad_key = torch.zeros_like(key, dtype=torch.float32)  # a sum over parts
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
+        for part in weights:
+            start, end, seen = end, end + part.shape[2] // group, part.shape[3]
+            grad_part = grad[:, start:end].transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)
+            grad_value[:, :, :seen] += part.transpose(2, 3) @ grad_part
+            grad_weights = grad_part @ value[:, :, :seen].transpose(2, 3)
+            grad_scores = torch._softmax_backward_data(grad_weights, part, -1, part.dtype)
+            grad_query[:, :, start:end] = (grad_scores @ key[:, :, :seen]).view(batch, heads, -1, head_dim)
+            part_query = query[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
+            grad_key[:, :, :seen] += grad_scores.transpose(2, 3) @ part_query
+        return grad_query.mul_(ctx.scaling), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """A decoding step: query (batch, heads, 1, head_dim); returns (batch, 1, heads, head_dim)."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    # A part of a buffer would be copied for each product, so the free places are multiplied, too, and cut off.
+    keys, values = getattr(key, "buffer", key), getattr(value, "buffer", value)
+    scores = query.view(batch, kv_heads, heads // kv_heads, head_dim) @ keys.transpose(2, 3)
+    scores = scores[..., :length] * scaling
+    if mask is not None:
+        mask = mask[..., :length]  # (batch, 1, 1, length)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = F.pad(weights, (0, values.shape[2] - length))
+    return (weights @ values).view(batch, heads, 1, head_dim).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Meanwhile each frozen linear layer with a LoRA adapter, as PEFT makes it, is one step of the graph (`LoraProduct`).
+
+    PEFT's own forward pass turns each input into the adapter's float32 and, under autocast, back, and keeps it twice.
+    Layers that are anything else than base and one adapter (DoRA, dropout, merged, quantised) stay PEFT's.
+    """
+    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    for layer in layers:
+        layer.forward = partial(_lora_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _is_plain(layer: LoraLinear) -> bool:
+    """Whether `layer` is W x + B A x alone, with W frozen in bfloat16 on a CPU."""
+    weight, active = layer.base_layer.weight, layer.active_adapters
+    return (
+        type(layer.base_layer) is nn.Linear
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
+        and len(active) == 1
+        and active[0] in layer.lora_A
+        and isinstance(layer.lora_dropout[active[0]], nn.Identity)
+        and not (layer.lora_variant or layer.lora_bias[active[0]] or layer.disable_adapters or layer.merged)
+    )
+
+
+def _lora_forward(layer: LoraLinear, inputs: Tensor) -> Tensor:
+    base, name = layer.base_layer, layer.active_adapters[0]
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return LoraProduct.apply(inputs.to(base.weight.dtype), base.weight, base.bias, *factors, layer.scaling[name])
+
+
+class LoraProduct(torch.autograd.Function):
+    """x W' + bias + scaling x A' B' with gradients for x, A and B (Hu et al. 2021, equation 3).
+
+    Forward: inputs (..., in) and weight (out, in) in one dtype, in which the products are computed, bias (out,) or None,
+    a (r, in) and b (out, r) in any dtype, scaling a number. Returns (..., out). Kept for the backward pass are the
+    inputs, once, and the narrow x A'.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        narrow_a, scaled_b = a.to(rows.dtype), (b * scaling).to(rows.dtype)
+        narrow = rows @ narrow_a.t()
+        output = F.linear(rows, weight, bias).addmm_(narrow, scaled_b.t())
+        ctx.save_for_backward(rows, weight, narrow_a, scaled_b, narrow)
+        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
+        return output.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight, narrow_a, scaled_b, narrow = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
+        grad_narrow = grad @ scaled_b
+        grad_inputs = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = (grad @ weight).addmm_(grad_narrow, narrow_a).view(*shape[:-1], -1)
+        grad_a = (grad_narrow.t() @ rows).to(ctx.dtypes[0])
+        grad_b = (grad.t() @ narrow).to(ctx.dtypes[1]) * ctx.scaling
+        return grad_inputs, None, None, grad_a, grad_b, None
