@@ -3,31 +3,39 @@
 The wrong answers of an exercise stand under a pattern of the message that is due.
 """
 
+import copy
 import functools
 import re
+from collections import Counter
 
 import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokenizer
+from conftest import broken_copy, make_tokenizer
 
-from utils import batch
+from utils import batch, exercises
 from utils.exercises import (
     check_attention,
+    check_before_and_after,
     check_cheapest,
+    check_collate,
     check_fitting,
+    check_gain,
     check_hide_spans,
+    check_ids_at_test,
     check_neighbours,
     check_next_token_loss,
     check_parameter_count,
     check_rotary,
+    check_rouge_l,
     check_shots,
     check_top_p,
 )
 from utils.lab import ExerciseError
-from utils.prompts import encode, summary_prompt
+from utils.metrics import bootstrap_interval, rouge
+from utils.prompts import encode, encode_example, summary_prompt
 
 NEVER = float("-inf")
 
@@ -460,6 +468,335 @@ WRONG_CHEAPEST = {
 }
 
 
+# --- week 2: ROUGE-L ---------------------------------------------------------------------------------------------
+
+
+def common_table(a, b):
+    """Length of the longest common subsequence, with a table."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(before[j] + 1 if word == other else max(before[j + 1], row[-1]))
+    return row[-1]
+
+
+def common_slow(a, b):
+    """The same by trying everything."""
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + common_slow(a[1:], b[1:])
+    return max(common_slow(a[1:], b), common_slow(a, b[1:]))
+
+
+def common_remembered(a, b):
+    @functools.cache
+    def length(i, j):
+        if i == len(a) or j == len(b):
+            return 0
+        return 1 + length(i + 1, j + 1) if a[i] == b[j] else max(length(i + 1, j), length(i, j + 1))
+
+    return length(0, 0)
+
+
+def f1_of(p, r):
+    return 2 * p * r / (p + r) if p + r else 0.0
+
+
+def l_from(common, *, f=f1_of, swap=False, guard=True):
+    def answer(prediction, reference):
+        n = common(prediction, reference)
+        if guard and not n:
+            return 0, 0, 0
+        p, r = n / len(prediction), n / len(reference)
+        return (r, p, f(p, r)) if swap else (p, r, f(p, r))
+
+    return answer
+
+
+def longest_run(a, b):
+    return max((k for i in range(len(a)) for j in range(len(b)) for k in range(1, 9) if a[i : i + k] == b[j : j + k] and len(a[i : i + k]) == k), default=0)  # fmt: skip
+
+
+def first_found(a, b):
+    found, at = 0, 0
+    for word in a:
+        if word in b[at:]:
+            found, at = found + 1, b.index(word, at) + 1
+    return found
+
+
+def pops_words(prediction, reference):
+    result = l_from(common_table)(prediction, reference)
+    prediction.pop()
+    return result
+
+
+WRONG_ROUGE_L = {
+    "You count shared words in any order": l_from(lambda a, b: (Counter(a) & Counter(b)).total()),
+    "different shared words": l_from(lambda a, b: len(set(a) & set(b)) if a != b else len(a)),
+    "longest run of neighbours": l_from(longest_run),
+    "each word where it is first found": l_from(first_found),
+    "word of the reference where it is first found": l_from(lambda a, b: first_found(b, a)),
+    "Precision and recall are swapped": l_from(common_table, swap=True),
+    "no plain mean": l_from(common_table, f=lambda p, r: (p + r) / 2),
+    "make an F1 of": l_from(common_table, f=lambda p, r: (p * r) ** 0.5),
+    "F1 is 1 too; yours is 0.5": l_from(common_table, f=lambda p, r: p * r / (p + r)),
+    "A text and itself have precision": l_from(lambda a, b: common_table(a[1:], b)),
+    "you divide by zero": l_from(common_table, f=lambda p, r: 2 * p * r / (p + r), guard=False),
+    "share nothing, so all three": lambda a, b: l_from(common_table)(a, b) if set(a) & set(b) else (0, 0, 1),
+    "Return three numbers": lambda a, b: common_table(a, b),
+    "changes the lists": pops_words,
+    "more than 50,000 comparisons": l_from(common_slow),
+    "The longest common subsequence of": l_from(lambda a, b: 1 if len(a) == 11 else common_table(a, b)),
+    "P, R and F1 are": l_from(lambda a, b: common_table(a, b) + ("a" in a and "c" in b)),
+}
+
+
+# --- week 2: the flaws -------------------------------------------------------------------------------------------
+
+
+def grouped(rows, before, after):
+    groups = {}
+    for row, b, a in zip(rows, before, after, strict=True):
+        groups.setdefault(row["dialogue"], (b, a, []))[2].append(row["summary"])
+    return groups.values()
+
+
+def gains(rows, before, after, *, score=rouge):
+    old, new, references = zip(*grouped(rows, before, after), strict=True)
+    return score(new, references) - score(old, references)
+
+
+def gain(rows, before, after):
+    values = gains(rows, before, after)
+    return values.mean(), bootstrap_interval(values)
+
+
+def with_interval(values_of):
+    def answer(rows, before, after):
+        values = np.asarray(values_of(rows, before, after))
+        return values.mean(), bootstrap_interval(values)
+
+    return answer
+
+
+def by_row(rows, before, after):
+    references = [row["summary"] for row in rows]
+    return rouge(after, references) - rouge(before, references)
+
+
+def each_reference(combine):
+    def values(rows, before, after):
+        return [
+            combine(rouge([a] * len(refs), refs) - rouge([b] * len(refs), refs))
+            for b, a, refs in grouped(rows, before, after)
+        ]
+
+    return with_interval(values)
+
+
+def best_of_each_row(rows, before, after):
+    references = {}
+    for row in rows:
+        references.setdefault(row["dialogue"], []).append(row["summary"])
+    several = [references[row["dialogue"]] for row in rows]
+    return rouge(after, several) - rouge(before, several)
+
+
+def neighbours_only(rows, before, after):
+    """Groups rows that stand together, as itertools.groupby does."""
+    kept = [i for i, row in enumerate(rows) if not i or row["dialogue"] != rows[i - 1]["dialogue"]]
+    return by_row([rows[i] for i in kept], [before[i] for i in kept], [after[i] for i in kept])
+
+
+def unpaired(rows, before, after):
+    old, new, references = zip(*grouped(rows, before, after), strict=True)
+    low, high = bootstrap_interval(rouge(new, references))
+    start, end = bootstrap_interval(rouge(old, references))
+    return gain(rows, before, after)[0], (low - end, high - start)
+
+
+WRONG_GAINS = {
+    "Still one value a row": with_interval(by_row),
+    "still ten values": with_interval(best_of_each_row),
+    "drop the others": each_reference(lambda values: values[0]),
+    "average over the references": each_reference(np.mean),
+    "largest gain": each_reference(np.max),
+    "sign is turned": lambda rows, before, after: gain(rows, after, before),
+    "as narrow as if there were more": lambda rows, b, a: (gain(rows, b, a)[0], bootstrap_interval(best_of_each_row(rows, b, a) + 0.035)),
+    "wider than these four differences allow": unpaired,
+    "Return the mean and a pair": lambda rows, b, a: gain(rows, b, a)[0],
+    "lies outside": lambda rows, b, a: (gain(rows, b, a)[0], (0.2, 0.3)),
+    "The four dialogues gain": lambda rows, b, a: (gain(rows, b, a)[0] + 0.01, gain(rows, b, a)[1]),
+    "All 256 resamples": lambda rows, b, a: (gain(rows, b, a)[0], tuple(x + 0.06 for x in gain(rows, b, a)[1])),
+}  # fmt: skip
+
+
+def test_rows_that_stand_apart_are_not_taken_for_dialogues():
+    with pytest.raises(ExerciseError, match="Still one value a row"):
+        check_gain(with_interval(neighbours_only))
+
+
+def collate(examples, pad_id, *, label=-100, mask_from_ids=False, labels_from_ids=False, mask=0, inputs=None):
+    longest = max(len(e["input_ids"]) for e in examples)
+    missing = [longest - len(e["input_ids"]) for e in examples]
+    fill = pad_id if inputs is None else inputs
+    ids = torch.tensor([e["input_ids"] + [fill] * n for e, n in zip(examples, missing, strict=True)])
+    padded = [[e["labels"], [pad_id if label is None else label] * n] for e, n in zip(examples, missing, strict=True)]
+    labels = torch.tensor([own + more for own, more in padded])
+    masks = torch.tensor([[1] * len(e["input_ids"]) + [mask] * n for e, n in zip(examples, missing, strict=True)])
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != pad_id).long() if mask_from_ids else masks,
+        "labels": labels.masked_fill(ids == pad_id, -100) if labels_from_ids else labels,
+    }
+
+
+def collate_with_pad_sequence(examples, pad_id):
+    def pad(key, value):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(e[key]) for e in examples], True, value)
+
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(e["labels"])) for e in examples], True)
+    return {"input_ids": pad("input_ids", pad_id), "attention_mask": mask, "labels": pad("labels", -100)}
+
+
+def pads_in_place(examples, pad_id):
+    batch = collate(examples, pad_id)
+    for example in examples:
+        example["labels"] += [-100]
+    return batch
+
+
+def on_the_left(examples, pad_id, names=("input_ids", "labels")):
+    batch = collate(examples, pad_id)
+    for name in names:
+        for i, example in enumerate(examples):
+            batch[name][i] = batch[name][i].roll(8 - len(example["labels"]))
+    return batch
+
+
+def all_learned(examples, pad_id):
+    batch = collate(examples, pad_id)
+    return batch | {"labels": torch.where(batch["attention_mask"] > 0, batch["input_ids"], -100)}
+
+
+def other_labels(examples, pad_id):
+    batch = collate(examples, pad_id)
+    batch["labels"][0, 4] = 7
+    return batch
+
+
+def reversed_mask(examples, pad_id):
+    batch = collate(examples, pad_id)
+    batch["attention_mask"][0, 6] = 1
+    return batch
+
+
+WRONG_COLLATES = {
+    "labels are still padded with 2: 6 of the 16": functools.partial(collate, label=None),
+    "padded with 0, which cross-entropy takes": functools.partial(collate, label=0),
+    "lost the label of their last token": functools.partial(collate, labels_from_ids=True),
+    "hides real tokens": functools.partial(collate, mask_from_ids=True),
+    "mask is 1 on padding too": functools.partial(collate, mask=1),
+    "attention mask must be 1 on the tokens": reversed_mask,
+    "looks every input up": functools.partial(collate, inputs=-100),
+    "changes the examples": pads_in_place,
+    "You pad on the left": on_the_left,
+    "padded on the left, the inputs": functools.partial(on_the_left, names=("labels",)),
+    "not their own any more": other_labels,
+    "prompts are learned now": all_learned,
+    "own tokens with padding after them": functools.partial(collate, inputs=5),
+    r"shape \(3, 8\).*list came": lambda examples, pad: {k: v.tolist() for k, v in collate(examples, pad).items()},
+    "dictionary with input_ids": lambda examples, pad: collate(examples, pad)["labels"],
+}
+
+
+def ids_at_test(tokenizer, dialogue):
+    return encode(tokenizer, summary_prompt(dialogue))
+
+
+def from_training(tokenizer, dialogue):
+    example = encode_example(tokenizer, summary_prompt(dialogue), "A.")
+    return [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label == -100]
+
+
+def as_plain_text(tokenizer, dialogue):
+    return tokenizer(summary_prompt(dialogue)[0]["content"] + "\n\nsummary :", add_special_tokens=False).input_ids
+
+
+WRONG_IDS = {
+    "no special token at all": as_plain_text,
+    r"training reads on: '<s> ?summary ?:'": lambda t, d: t.apply_chat_template(summary_prompt(d), return_dict=True).input_ids,
+    "The answer is in your prompt": lambda t, d: encode_example(t, summary_prompt(d), "the cat sat on the mat")["input_ids"],
+    "goes on with 'the'": lambda t, d: [*ids_at_test(t, d), *t("the", add_special_tokens=False).input_ids],
+    "writes its own": lambda t, d: [t.bos_token_id, *ids_at_test(t, d)],
+    "From token": lambda t, d: encode(t, summary_prompt(d, template="question")),
+    "list of token ids": lambda t, d: torch.tensor(ids_at_test(t, d)),
+}  # fmt: skip
+WRONG_PLAIN_IDS = {
+    "training reads on": lambda t, d: encode(t, summary_prompt(d))[:-1],
+    "The answer is in your prompt": lambda t, d: encode_example(t, summary_prompt(d), "the cat sat on the mat")[
+        "input_ids"
+    ],
+    "goes on with 'the'": lambda t, d: [*ids_at_test(t, d), *t("the", add_special_tokens=False).input_ids],
+    "From token": lambda t, d: encode(t, summary_prompt(d, template="question")),
+    "list of token ids": lambda t, d: summary_prompt(d)[0]["content"],
+}
+
+
+def before_and_after(model, train, score):
+    before = score(model)
+    return before, score(train(copy.deepcopy(model)))
+
+
+def copy_kept(model, train, score):
+    own = copy.deepcopy(model)
+    trained = train(own)
+    return score(model), score(trained)
+
+
+def shallow(model, train, score):
+    tuned = train(copy.copy(model))
+    return score(model), score(tuned)
+
+
+def restored(model, train, score, *, clone):
+    """Keeps the weights and puts them back."""
+    kept = {name: value.clone() if clone else value for name, value in model.state_dict().items()}
+    before = score(model)
+    after = score(train(model))
+    model.load_state_dict(kept, strict=False)
+    return before, after
+
+
+WRONG_BEFORES = {
+    "Both scores are those of the trained model.*in place": lambda m, train, score: (score(train(m)), score(m)),
+    "Both scores are those of the trained model.*adapter": lambda m, train, score: (
+        (score(m), score(train(copy.deepcopy(m)))) if not adapter_trained(train) else (score(train(m)), score(m))
+    ),
+    "of the model before training": lambda m, train, score: (score(m), [train(copy.deepcopy(m)), score(m)][1]),
+    "swapped": lambda m, train, score: before_and_after(m, train, score)[::-1],
+    "`copy.copy` and `state_dict` share": functools.partial(restored, clone=False),
+    "still carries it": functools.partial(restored, clone=True),
+    "never called": lambda m, train, score: (score(m), score(m)),
+    "called 2 times": lambda m, train, score: (score(m), score(train(train(copy.deepcopy(m))))),
+    "Return two numbers": lambda m, train, score: score(train(copy.deepcopy(m))) - score(m),
+    "the scores are 2 and 8": lambda m, train, score: (score(m), score(train(copy.deepcopy(m))) + 1),
+}
+
+
+def adapter_trained(train):
+    return train.__name__ == "with_adapter"
+
+
+def test_a_shallow_copy_is_no_copy():
+    with pytest.raises(ExerciseError, match="Both scores are those of the trained model"):
+        check_before_and_after(shallow)
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 TOKENIZERS = {"chat": make_tokenizer(pad_is_eos=True, chat=True), "plain": make_tokenizer(pad_is_eos=True, chat=False)}
@@ -471,6 +808,10 @@ def check_both_neighbours(answer):
 
 def fitting_of(kind):
     return functools.partial(check_fitting, tokenizer=TOKENIZERS[kind])
+
+
+def ids_of(kind):
+    return functools.partial(check_ids_at_test, tokenizer=TOKENIZERS[kind])
 
 
 def own(*names, week="week1"):
@@ -490,6 +831,12 @@ EXERCISES = {  # name: its check, right answers, wrong answers
     "hidden spans": (check_hide_spans, {"by hand": lambda: hide}, WRONG_SPANS),
     "next-token loss": (check_next_token_loss, {"cross_entropy": lambda: shifted_loss, "by hand": lambda: by_hand_loss}, WRONG_LOSSES),
     "cheapest": (check_cheapest, {"grid": lambda: cheapest}, WRONG_CHEAPEST),
+    "rouge-l": (check_rouge_l, {"table": lambda: l_from(common_table), "remembered": lambda: l_from(common_remembered)}, WRONG_ROUGE_L),
+    "flaw, rows": (check_gain, {"grouped": lambda: gain}, WRONG_GAINS),
+    "flaw, padding": (check_collate, {"lists": lambda: collate, "pad_sequence": lambda: collate_with_pad_sequence}, WRONG_COLLATES),
+    "flaw, prompts, chat": (ids_of("chat"), {"encode": lambda: ids_at_test, "training": lambda: from_training}, WRONG_IDS),
+    "flaw, prompts, plain": (ids_of("plain"), {"encode": lambda: ids_at_test, "training": lambda: from_training}, WRONG_PLAIN_IDS),
+    "flaw, in place": (check_before_and_after, {"copy": lambda: before_and_after, "kept": lambda: copy_kept}, WRONG_BEFORES),
 }  # fmt: skip
 
 
@@ -524,3 +871,38 @@ def test_an_answer_that_is_not_written_yet_is_told_so(name):
     answer = (not_written, not_written) if name == "neighbours" else not_written
     with pytest.raises(ExerciseError, match="not_written is not written yet"):
         EXERCISES[name][0](answer)
+
+
+# A check with one line broken either lets a wrong answer pass or tells a right one that it is wrong.
+BROKEN_CHECKS = [
+    ("longest common subsequence by its first word only", "for size in range(min(len(a), len(b)), 0, -1):", "for size in range(1, 2):", "rouge-l"),
+    ("oracle takes a subsequence in any order", "all(word in rest for word in words)", "all(word in b for word in words)", "rouge-l"),
+    ("too few comparisons allowed", "compared, allowed = 0, 50_000", "compared, allowed = 0, 10", "rouge-l"),
+    ("mean over rows passes", "require(not is_mean(single)", "require(True or not is_mean(single)", "flaw, rows"),
+    ("interval over rows passes", "near(right) or not high - low < 0.8 *", "near(right) or not high - low < 0.0 *", "flaw, rows"),
+    ("padding may be learned", "not (filling == end).any(),", "True,", "flaw, padding"),
+    ("the end of an answer may be lost", "kept = labels[real & (padded(\"labels\", 0) == end)]", "kept = labels[:0]", "flaw, padding"),
+    ("any prompt will do", "if got == expected:", "if True:", "flaw, prompts, chat"),
+    ("weights may change", "all(torch.equal(left[name], value) for name, value in weights.items())", "True", "flaw, in place"),
+    ("train may be called twice", "require(len(calls) == 1,", "require(True,", "flaw, in place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("search", "replacement", "name"), [row[1:] for row in BROKEN_CHECKS], ids=[row[0] for row in BROKEN_CHECKS])  # fmt: skip
+def test_a_broken_check_is_noticed(search, replacement, name):
+    broken = broken_copy(exercises, search, replacement)
+    original, right, wrong = EXERCISES[name]
+    inner = original.func if isinstance(original, functools.partial) else original
+    check = getattr(broken, inner.__name__)
+    if isinstance(original, functools.partial):
+        check = functools.partial(check, **original.keywords)
+
+    def verdict_of(answer):
+        try:
+            return check(answer)
+        except exercises.ExerciseError as error:
+            return str(error)
+
+    passes = all(verdict_of(make()).startswith("Right: ") for make in right.values())
+    told = all(re.search(words, verdict_of(answer)) for words, answer in wrong.items())
+    assert not (passes and told)

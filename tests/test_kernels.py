@@ -247,11 +247,10 @@ def test_broken_attention_is_noticed(search, replacement):
     ("search", "replacement"),
     [
         ("(b * scaling).to(rows.dtype)", "b.to(rows.dtype)"),
-        (".to(ctx.dtypes[1]) * ctx.scaling", ".to(ctx.dtypes[1])"),
+        ("(grad.t() @ narrow) * ctx.scaling", "grad.t() @ narrow"),
         (".addmm_(grad_narrow, narrow_a).view(", ".view("),
         ("grad_narrow = grad @ scaled_b", "grad_narrow = grad @ (scaled_b / ctx.scaling)"),
         (".addmm_(narrow, scaled_b.t())", ""),
-        (".to(ctx.dtypes[0])", ""),
         ('vars(layer).pop("forward", None)', "pass"),
     ],
 )

@@ -3,6 +3,9 @@
 import copy
 import gc
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from utils.lab import LabError
+from utils.lab import ROOT, LabError
 from utils.prompts import IGNORED, encode_example
-from utils.training import FineTuneConfig, fine_tune, lora_config
+from utils.training import FineTuneConfig, fine_tune, lora_config, mean_loss
 
 PAIRS = [
     ("the cat sat on the mat", "cat sat"),
@@ -258,3 +261,89 @@ def test_same_seed_same_losses_and_another_seed_others(tiny):
 def test_nothing_is_drawn_when_headless(tiny, capfd):
     train(*tiny, make_examples(*tiny))
     assert capfd.readouterr() == ("", "")
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import utils.training as training
+from utils.models import load_model
+from utils.prompts import encode_example
+from utils.training import FineTuneConfig, fine_tune, lora_config, mean_loss
+
+moment, step, source, folder, adapted = sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], sys.argv[5] == "lora"
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+class Killed(training.ProgressBar):
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if moment == "step" and state.global_step == step:
+            die()
+
+training.ProgressBar = Killed
+for name in ("_CompletionTrainer", "_EncoderDecoderTrainer"):
+    trainer = getattr(training, name)
+    def save(self, output_dir, old=trainer._save_optimizer_and_scheduler):
+        old(self, output_dir)
+        if moment == "saving" and self.state.global_step == step:
+            die()
+    trainer._save_optimizer_and_scheduler = save
+if moment == "rename":
+    replace, training.os.replace = os.replace, None
+    def moved(src, dst):
+        if str(dst).endswith(f"checkpoint-{{step}}"):
+            die()
+        replace(src, dst)
+    training.os.replace = moved
+model, tokenizer = load_model(source)
+examples = [encode_example(tokenizer, p, c, encoder_decoder=model.config.is_encoder_decoder) for p, c in {pairs!r}]
+config = FineTuneConfig(learning_rate=1e-2, epochs=3, batch_size=2, micro_batch_size=1, save_steps=2)
+tuned, losses = fine_tune(
+    model, tokenizer, examples, config, adapter=lora_config(model) if adapted else None, checkpoints=folder or None
+)
+torch.save((dict(tuned.state_dict()), losses), sys.argv[6])
+"""
+
+
+def run_training(moment, step, source, folder, kind, result):
+    code = KILLED.format(root=str(ROOT), pairs=PAIRS)
+    command = [sys.executable, "-c", code, moment, step, source, folder, kind, result]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "lora"), ("llama", "full"), ("t5", "full")])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tiny_folders, tmp_path, family, kind):
+    """Killed again and again: before the first checkpoint, between two, while one is written, before it is renamed."""
+    source, folder = tiny_folders[family], tmp_path / "checkpoints"
+    done = run_training("never", 0, source, "", kind, tmp_path / "whole.pt")
+    assert done.returncode == 0, done.stderr
+    moments = (("step", 1), ("saving", 4), ("step", 7), ("rename", 8), ("step", 11))
+    for moment, step in moments if kind == "lora" else moments[1:3]:
+        killed = run_training(moment, step, source, folder, kind, tmp_path / "never.pt")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = run_training("never", 0, source, folder, kind, tmp_path / "resumed.pt")
+    assert done.returncode == 0, done.stderr
+    assert not folder.exists()
+    (whole, losses), (resumed, again) = (torch.load(tmp_path / f"{n}.pt") for n in ("whole", "resumed"))
+    assert losses == again
+    assert len(losses) == 12
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_checkpoints_of_another_run_are_refused(sure, tmp_path):
+    model, tokenizer = sure
+    examples = make_examples(model, tokenizer)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(LabError, match="other settings, data or model: delete"):
+        fine_tune(copy.deepcopy(model), tokenizer, examples, FineTuneConfig(), checkpoints=tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_mean_loss_is_that_of_single_examples(sure):
+    model, tokenizer = sure
+    examples = make_examples(model, tokenizer)
+    assert mean_loss(model, tokenizer, examples, batch_size=3) == pytest.approx(loss_by_hand(model, examples), rel=1e-5)

@@ -307,6 +307,6 @@ def _read(
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)[:, known:],
             past_key_values=cache,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor([-1], device=model.device),  # with 1 the head is copied for each row
         )
     return cache

@@ -178,7 +178,7 @@ class LoraProduct(torch.autograd.Function):
         narrow = rows @ narrow_a.t()
         output = F.linear(rows, weight, bias).addmm_(narrow, scaled_b.t())
         ctx.save_for_backward(rows, weight, narrow_a, scaled_b, narrow)
-        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
+        ctx.scaling = scaling
         return output.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -189,6 +189,4 @@ class LoraProduct(torch.autograd.Function):
         grad_inputs = None
         if ctx.needs_input_grad[0]:
             grad_inputs = (grad @ weight).addmm_(grad_narrow, narrow_a).view(*shape[:-1], -1)
-        grad_a = (grad_narrow.t() @ rows).to(ctx.dtypes[0])
-        grad_b = (grad.t() @ narrow).to(ctx.dtypes[1]) * ctx.scaling
-        return grad_inputs, None, None, grad_a, grad_b, None
+        return grad_inputs, None, None, grad_narrow.t() @ rows, (grad.t() @ narrow) * ctx.scaling, None

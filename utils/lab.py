@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "labs" / "profiles"
@@ -162,6 +166,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")
+    for message in (
+        "Unsupported layer type",  # PEFT, of normalisation layers, which it trains all the same
+        "Sparse invariant checks",  # torch, of the sparse changes that PEFT builds itself
+        "`torch.jit.script",  # torch about itself, at an import
+    ):
+        warnings.filterwarnings("ignore", message=message)
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -222,6 +232,31 @@ def peak_memory_mb() -> float:
         return psutil.Process().memory_info().peak_wset / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+class PeakMemory:
+    """The most memory the process held inside a `with`, beyond what it held at its start: `peak_mb`, in MiB.
+
+    Looked at every 20 ms. Memory freed before is given back first, so that what comes does not fill it unseen.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        release_freed_memory()
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._before = self._most = self._process.memory_info().rss
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.02):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._watch.join()
+        self.peak_mb = (max(self._most, self._process.memory_info().rss) - self._before) / 2**20
 
 
 def versions() -> dict[str, str]:

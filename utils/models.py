@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from utils.kernels import FAST_ATTENTION
 from utils.lab import LabError, one_line
@@ -131,12 +132,13 @@ def load_model(
     device: torch.device | str | None = None,
     num_labels: int | None = None,
     attn_implementation: str | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in evaluation mode.
 
     The head follows the architecture: a language-modelling head for decoder-only and encoder-decoder models, none for
     an encoder; with `num_labels` any of them gets a sequence-classification head. `dtype` and `device` default to
-    what the hardware does best; so does the attention of decoder-only models (`utils.kernels`). Raises what `resolve` raises.
+    what the hardware does best; so does the attention of decoder-only models (`utils.kernels`). `quantization_config` is transformers' own. Raises what `resolve` raises.
     """
     folder = resolve(name)
     device = torch.device(device) if device is not None else choose_device()
@@ -149,8 +151,8 @@ def load_model(
         else:
             loader = {DECODER: AutoModelForCausalLM, ENCODER_DECODER: AutoModelForSeq2SeqLM, ENCODER: AutoModel}[kind]
             extra = {}
-        if attn_implementation:
-            extra["attn_implementation"] = attn_implementation
+        given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+        extra |= {key: value for key, value in given.items() if value is not None}
         with _quiet_transformers():
             model = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -877,6 +877,382 @@ def _label(axis, text: str, places: Sequence[tuple], taken: Sequence, crowded: S
     return best[2]
 
 
+def padded_batches(batches: Mapping[str, Sequence[tuple[int, int]]], title: str) -> Figure:
+    """Batches as bars of tokens, one row an example: prompt, completion, padding. `batches`: name to (tokens of each) a row."""
+    figure = Figure(figsize=(5.2 * len(batches), 1.4 + 0.26 * max(map(len, batches.values()))))
+    axes = figure.subplots(1, len(batches), sharex=True, squeeze=False)[0]
+    for axis, (name, rows) in zip(axes, batches.items(), strict=True):
+        longest = max(map(sum, rows))
+        places, left = range(len(rows)), np.zeros(len(rows))
+        padding = [longest - sum(row) for row in rows]
+        for widths, colour, hatch, label in (
+            ([prompt for prompt, _ in rows], SKY, "", "prompt: read"),
+            ([completion for _, completion in rows], ORANGE, "", "completion: read and learned"),
+            (padding, "white", "////", "padding: computed for nothing"),
+        ):
+            axis.barh(places, widths, left=left, color=colour, edgecolor=GREY, hatch=hatch, linewidth=0.5, label=label)
+            left = left + widths
+        share = sum(padding) / (longest * len(rows))
+        axis.set_title(f"{name}: {share:.0%} of this batch is padding", fontsize=10)
+        axis.set_xlabel("tokens")
+        axis.set_yticks([])
+        axis.invert_yaxis()
+    axes[0].set_ylabel("examples of the batch")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.suptitle(textwrap.fill(title, 100), fontsize=11)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, frameon=False, ncols=3, fontsize=8, loc="lower center")
+    return figure
+
+
+def losses_and_endings(runs: Mapping[str, tuple[Sequence[float], float]], before: float, title: str) -> Figure:
+    """Training losses, and how sure each model is to end where a reference ends. `runs`: name to (loss of each step, probability)."""
+    figure = Figure(figsize=(9.6, 3.6))
+    left, right = figure.subplots(1, 2)
+    styles = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (VERMILION, "^", "-."))
+    for (name, (losses, _)), (colour, marker, line) in zip(runs.items(), styles, strict=False):
+        steps = range(1, len(losses) + 1)
+        left.plot(steps, losses, color=colour, marker=marker, linestyle=line, markersize=4, label=name)
+    left.set_xlabel("optimizer step")
+    left.set_ylabel("training loss (nats a label)")
+    left.set_ylim(bottom=0)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.grid(alpha=0.3)
+    endings = {"before training": before, **{name: ending for name, (_, ending) in runs.items()}}
+    colours = [GREY, *(colour for colour, _, _ in styles)][: len(endings)]
+    right.barh(range(len(endings)), list(endings.values()), color=colours)
+    for place, value in enumerate(endings.values()):
+        right.text(value + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
+    right.set_yticks(range(len(endings)), [textwrap.fill(name, 22) for name in endings], fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(0, 1.15)
+    right.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    right.set_xlabel("probability of EOS where the reference ends")
+    figure.suptitle(textwrap.fill(title, 105), fontsize=11)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="lower center")
+    return figure
+
+
+def memory_by_component(
+    panels: Mapping[str, tuple[str, Mapping[str, Mapping[str, float]]]], title: str, limits: Sequence[float] = ()
+) -> Figure:
+    """Stacked bars of memory, one panel a model. `panels`: name to (unit, {bar: {component: size}}); no size is no part.
+
+    `limits` are drawn in the last panel: the memory of GPUs, in its unit.
+    """
+    longest = max(len(bars) for _, bars in panels.values())
+    figure = Figure(figsize=(6.2 * len(panels), 1.9 + 0.42 * longest))
+    components = {"weights": BLUE, "gradients": ORANGE, "optimizer": GREEN, "activations": SKY}
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, (unit, bars)) in zip(axes, panels.items(), strict=True):
+        left = np.zeros(len(bars))
+        for component, colour in components.items():
+            widths = np.nan_to_num([parts.get(component, 0.0) for parts in bars.values()])
+            axis.barh(range(len(bars)), widths, left=left, color=colour, edgecolor="white", label=component)
+            left = left + widths
+        for place, total in enumerate(left):
+            axis.text(
+                total + 0.01 * left.max(),
+                place,
+                f"{total:,.0f}",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )
+        axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.14 * left.max())
+        axis.set_xlabel(f"memory ({unit})")
+        axis.set_title(name, fontsize=10)
+    for limit in limits:
+        axes[-1].axvline(limit, color=BLACK, linestyle=":", linewidth=1.2, zorder=0)
+        axes[-1].annotate(
+            f"a GPU of {limit:g} {unit}", (limit, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0),
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.suptitle(textwrap.fill(title, 110), fontsize=11)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, frameon=False, ncols=4, fontsize=9, loc="lower center")
+    return figure
+
+
+def strips(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, percent: Sequence[str] = ()) -> Figure:
+    """Every value as a point, one row a name, with the mean. `panels`: label of an axis to {name: values}.
+
+    The panels share their names, which may differ in number of values. Axes named in `percent` hold shares.
+    """
+    names = list(next(iter(panels.values())))
+    figure = Figure(figsize=(4.9 * len(panels) + 0.6, 1.2 + 0.75 * len(names)))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (label, rows) in zip(axes, panels.items(), strict=True):
+        for place, name in enumerate(names):
+            values = np.asarray(rows[name], dtype=float)
+            height = place + 0.3 + 0.3 * (np.arange(len(values)) * 0.618 % 1)  # spread evenly, the same in every run
+            axis.plot(values, height, "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0)
+            mean = float(np.mean(values))
+            axis.plot([mean, mean], [place + 0.22, place + 0.68], color=VERMILION, linewidth=2.5)
+            text = f"{mean:.0%}" if label in percent else f"{mean:.0f}"
+            axis.annotate(
+                text, (mean, place + 0.07), ha="center", va="center", fontsize=8, color=VERMILION,
+                annotation_clip=False,
+            )  # fmt: skip
+        axis.set_xlabel(label)
+        if label in percent:
+            axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.set_yticks([place + 0.45 for place in range(len(names))], names)
+        axis.set_ylim(len(names) - 0.1, -0.12)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].plot([], [], "o", color=BLUE, alpha=0.5, label="one dialogue")
+    axes[0].plot([], [], color=VERMILION, linewidth=2.5, label="mean")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="lower center")
+    figure.suptitle(textwrap.fill(title, 58 * len(panels)), fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure
+
+
+def true_against_false(
+    names: Sequence[str],
+    groups: Sequence[str],
+    panels: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+) -> Figure:
+    """Pairs of scores, one row a case: a true text (circle) and a false one (square), the line blue where the true one is higher.
+
+    `groups`: the kind of each case, cases of a kind next to each other; `panels`: score to (of the true ones, of the false ones).
+    """
+    figure = Figure(figsize=(4.4 + 3.6 * len(panels), 1.3 + 0.3 * len(names)))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    # A row of its own above each kind, for its name.
+    places, heads, row = [], {}, 0
+    for i, group in enumerate(groups):
+        if not i or group != groups[i - 1]:
+            heads[group], row = row, row + 1
+        places.append(row)
+        row += 1
+    for axis, (label, (true, false)) in zip(axes, panels.items(), strict=True):
+        for place, t, f in zip(places, true, false, strict=True):
+            right = t > f
+            axis.plot([t, f], [place, place], color=BLUE if right else VERMILION, linestyle="-" if right else "--", linewidth=1.8)  # fmt: skip
+        axis.plot(true, places, "o", color=BLUE, markersize=6.5, linestyle="none", label="true paraphrase")
+        axis.plot(false, places, "s", color=ORANGE, markeredgecolor=BLACK, markeredgewidth=0.6, markersize=6, linestyle="none", label="false near-copy")  # fmt: skip
+        axis.plot([], [], color=BLUE, label="the true one is higher")
+        axis.plot([], [], color=VERMILION, linestyle="--", label="the false one is")
+        for head in heads.values():
+            axis.axhline(head, color=GREY, linewidth=0.6)
+        axis.set_xlabel(label)
+        axis.set_xlim(min(0.0, *true, *false) - 0.04, 1.04)
+        axis.grid(axis="x", alpha=0.3)
+    ticks = sorted([*zip(places, names, strict=True), *((head, group.upper()) for group, head in heads.items())])
+    axes[0].set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
+    axes[0].set_ylim(row - 0.4, -0.6)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="lower center")
+    figure.suptitle(textwrap.fill(title, 40 + 34 * len(panels)), fontsize=10)
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
+    return figure
+
+
+def show_matches(rows: Sequence[tuple[str, Sequence[str], Sequence[bool]]]) -> None:
+    """Display texts word by word, matched words on colour and in bold. `rows`: (what it is, its words, which of them match)."""
+    from html import escape
+
+    from IPython.display import display
+
+    def shown(word: str, found: bool) -> str:
+        style = f"background:{ORANGE};color:black;font-weight:bold" if found else f"border-bottom:1px solid {GREY}"
+        return f'<span style="{style};padding:0 3px;margin-right:4px">{escape(word)}</span>'
+
+    body = "".join(
+        f'<tr><th scope="row" style="text-align:left">{escape(name)}</th>'
+        f'<td style="text-align:left;font-family:monospace">{"".join(map(shown, words, found))}</td></tr>'
+        for name, words, found in rows
+    )
+    text = "\n".join(
+        f"{name}: " + " ".join(f"[{w}]" if f else w for w, f in zip(words, found, strict=True))
+        for name, words, found in rows
+    )
+    display({"text/html": f"<table>{body}</table>", "text/plain": text}, raw=True)
+
+
+def quality_against_parameters(points: Mapping[str, tuple[int, float, str]], base_loss: float, title: str) -> Figure:
+    """Held-out loss (nats a token) over the number of trained parameters, on a logarithmic axis.
+
+    `points`: method to (trained parameters, loss, family). The dotted line is the untrained model.
+    """
+    figure = Figure(figsize=(7.2, 4))
+    axis = figure.subplots()
+    looks = dict(
+        zip(
+            dict.fromkeys(kind for *_, kind in points.values()),
+            zip((BLUE, ORANGE, GREEN, BLACK), "osD^", strict=True),
+            strict=False,
+        )
+    )
+    for kind, (colour, mark) in looks.items():
+        members = [(n, loss) for n, loss, k in points.values() if k == kind]
+        axis.scatter(*zip(*members, strict=True), color=colour, marker=mark, s=45, label=kind, zorder=3)
+    axis.axhline(base_loss, color=GREY, linestyle=":", label="base model")
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters")
+    axis.set_ylabel("held-out loss (nats a token)")
+    axis.margins(x=0.15, y=0.15)
+    axis.set_title(textwrap.fill(title, 84), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="best")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    centres = axis.transData.transform([(n, loss) for n, loss, _ in points.values()])
+    taken: list = []
+    for name, (n, loss, kind) in points.items():
+        style = {"fontsize": 8, "color": looks[kind][0]}
+        places = [
+            ((n, loss), offset, style | {"ha": side})
+            for offset, side in (((7, 3), "left"), ((7, -11), "left"), ((-7, 3), "right"), ((-7, -11), "right"))
+        ]
+        taken.append(_label(axis, name, places, taken, centres))
+    return figure
+
+
+def by_clusters(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, float]]]]],
+    labels: Sequence[str],
+    title: str,
+    chance: Mapping[str, float] | None = None,
+    xlabel: str = "clusters trained on",
+) -> Figure:
+    """Shares with intervals by number of task clusters. `panels`: axis label to {series: one (share, (low, high)) a label}.
+
+    `chance` draws, in the first panel, what guessing gets in a series, dotted in its colour. The first label is joined to the
+    others by no line where it is no number: it is a model that was not trained here.
+    """
+    figure = Figure(figsize=(4.9 * len(panels), 4.0))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (ylabel, series) in zip(axes, panels.items(), strict=True):
+        for k, ((name, values), colour, mark) in enumerate(
+            zip(series.items(), (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=False)
+        ):
+            places = [i + (k - (len(series) - 1) / 2) * 0.14 for i in range(len(labels))]
+            shares = [share for share, _ in values]
+            errors = [
+                [max(0.0, share - low) for share, (low, _) in values],
+                [max(0.0, high - share) for share, (_, high) in values],
+            ]
+            axis.errorbar(places, shares, yerr=errors, fmt=mark, color=colour, capsize=4, linewidth=1.5, label=name)
+            numbered = [i for i, label in enumerate(labels) if label.isdigit()]
+            axis.plot(
+                [places[i] for i in numbered], [shares[i] for i in numbered], color=colour, linewidth=1, alpha=0.6
+            )
+            if axis is axes[0] and chance and name in chance:
+                axis.axhline(chance[name], color=colour, linestyle=":", linewidth=1.5)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_ylim(0, 1)
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        axis.grid(axis="y", alpha=0.3)
+    if chance:
+        axes[0].plot([], [], color=GREY, linestyle=":", label="guessing, in the same colour")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.suptitle(textwrap.fill(title, 46 * len(panels)), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def helm_report(
+    rows: Sequence[tuple[str, str, Mapping[str, float]]],
+    columns: Mapping[str, int],
+    title: str,
+    signed: Sequence[str] = (),
+) -> Figure:
+    """A heat map of scenarios by metrics. `rows`: (scenario, model or baseline, {column: value}); absent values stay blank.
+
+    `columns`: column to 1 where more is better, -1 where less is, 0 where neither is. Each column is scaled on its own, its best value darkest;
+    where all are the same it is pale. Values of the columns `signed` are written with their sign.
+    """
+    names = list(columns)
+    values = np.array([[float(row.get(name, np.nan)) for name in names] for _, _, row in rows])
+    shade = np.full_like(values, np.nan)
+    for j, name in enumerate(names):
+        column = values[:, j] * columns[name]
+        known = column[~np.isnan(column)]
+        if known.size:
+            spread = np.ptp(known)
+            shade[:, j] = (column - known.min()) / spread * 0.75 if spread else column * 0
+    figure = Figure(figsize=(3.0 + 1.02 * len(names), 1.9 + 0.31 * len(rows)))
+    axis = figure.subplots()
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad="white")
+    axis.imshow(np.ma.masked_invalid(shade), cmap=colours, vmin=-0.08, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            text = f"{value:.0f}" if abs(value) >= 10 else f"{value:+.2f}" if names[j] in signed else f"{value:.2f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if shade[i, j] > 0.6 else BLACK)
+    axis.set_xticks(range(len(names)), [textwrap.fill(name, 13) for name in names], fontsize=8)
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(len(rows)), [f"{scenario}: {name}" for scenario, name, _ in rows], fontsize=9)
+    axis.tick_params(length=0)
+    for i in range(1, len(rows)):
+        if rows[i][0] != rows[i - 1][0]:
+            axis.axhline(i - 0.5, color=BLACK, linewidth=1)
+    axis.set_xlabel(
+        "metric (shares between 0 and 1 unless a unit is named; darker is better within a column)", fontsize=9
+    )
+    axis.set_title(textwrap.fill(title, 110), fontsize=10, pad=12)
+    figure.tight_layout()
+    return figure
+
+
+def changes_by_group(
+    changes: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]], title: str, ylabel: str
+) -> Figure:
+    """Changes with intervals around a line at zero. `changes`: series to {label: (mean, (low, high))}."""
+    labels = list(next(iter(changes.values())))
+    figure = Figure(figsize=(2.4 + 1.5 * len(labels), 3.8))
+    axis = figure.subplots()
+    looks = zip((BLUE, ORANGE, GREEN, VERMILION, BLACK, GREY, SKY), ("o", "s", "^", "D", "v", "P", "X"), strict=True)
+    width = min(0.22, 0.8 / len(changes))
+    for k, ((name, values), (colour, mark)) in enumerate(zip(changes.items(), looks, strict=False)):
+        places = [i + (k - (len(changes) - 1) / 2) * width for i in range(len(labels))]
+        means = [values[label][0] for label in labels]
+        errors = [
+            [max(0.0, mean - values[label][1][0]) for mean, label in zip(means, labels, strict=True)],
+            [max(0.0, values[label][1][1] - mean) for mean, label in zip(means, labels, strict=True)],
+        ]
+        axis.errorbar(places, means, yerr=errors, fmt=mark, color=colour, capsize=4, linewidth=2, label=name)
+    axis.axhline(0, color=BLACK, linewidth=1)
+    for i in range(1, len(labels)):
+        axis.axvline(i - 0.5, color=GREY, linewidth=0.5)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    axis.set_ylabel(ylabel)
+    axis.set_title(textwrap.fill(title, 72), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def reliability(groups: Mapping[str, Sequence[tuple[float, float, int]]], title: str) -> Figure:
+    """Accuracy against confidence of groups of items, one series a model. `groups`: model to (confidence, accuracy, items)."""
+    figure = Figure(figsize=(4.8, 4.2))
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color=BLACK, linestyle=":", label="calibrated")
+    for (name, points), colour, mark in zip(
+        groups.items(), (BLUE, ORANGE, GREEN, VERMILION), ("o", "s", "^", "D"), strict=False
+    ):
+        confidence, accuracy, _ = zip(*points, strict=True)
+        axis.plot(confidence, accuracy, color=colour, marker=mark, label=name)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("mean confidence of a group of items (probability)")
+    axis.set_ylabel("share answered right")
+    axis.set_title(textwrap.fill(title, 56), fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:
     """Display a table as HTML; every cell is shown as text."""
     from html import escape

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -34,6 +35,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
 from utils.kernels import fused_lora
@@ -116,7 +118,6 @@ def fine_tune(
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=config.warmup_share,
-            train_sampling_strategy="group_by_length",
             activation_checkpointing=False,
             bf16=model.dtype == torch.bfloat16,
             use_cpu=model.device.type == "cpu",
@@ -166,6 +167,15 @@ def mean_loss(
     return total / count
 
 
+def label_loss(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, list[int]]]
+) -> torch.Tensor:
+    """Mean cross-entropy of the labels of one batch, a scalar with its graph."""
+    columns = _columns(examples, model.config.is_encoder_decoder)
+    logits, labels = _where_labelled(model, _collator(model, tokenizer)(columns).to(model.device))
+    return F.cross_entropy(logits.float(), labels)
+
+
 def _columns(examples: Sequence[dict[str, list[int]]], encoder_decoder: bool) -> list[dict[str, list[int]]]:
     """What the trainers read. Nothing predicts a decoder's first token, and they would count its label."""
     rows = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
@@ -196,11 +206,35 @@ def _where_labelled(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[t
         labels = labels[:, 1:]  # a position predicts the next token
         first = int((labels != IGNORED).any(0).nonzero()[0])
         labels = labels[:, first:]
-        kept = labels.shape[1] + 1  # counted from the end, so that a learned prompt in front changes nothing
+        # Counted from the end, so that a learned prompt in front changes nothing; a number instead of a list would leave
+        # rows that do not lie side by side, for each of which the head is copied.
+        kept = torch.arange(-labels.shape[1] - 1, 0, device=labels.device)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[:, :-1]
     keep = labels != IGNORED
     return logits[keep], labels[keep]
+
+
+class _LikeLengths(Sampler[int]):
+    """Indices in an order in which neighbours have like lengths, another in each epoch.
+
+    transformers' own `LengthGroupedSampler` takes its order from the state of torch's generator, so that a run that goes on
+    in the middle of an epoch would read the rest of another order.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = [len(text) for text in texts], batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class _LabelsOnly:
@@ -210,6 +244,9 @@ class _LabelsOnly:
         logits, labels = _where_labelled(model, inputs)
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return _LikeLengths(self.train_dataset["input_ids"], self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir)
