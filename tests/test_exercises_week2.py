@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_exercises import solution
 from torch import nn
 
 from utils.benchmarks import expected_calibration_error
@@ -331,3 +332,19 @@ def test_every_flaw_of_calibration_has_its_own_message():
         messages.append(str(caught.value))
     for words in WRONG_CALIBRATION:
         assert sum(bool(re.search(words, message)) for message in messages) == 1, words
+
+
+# --- the solutions of the committed notebook ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("training_batch", check_training_batch),
+        ("LoRALinear", check_lora_linear),
+        ("mixing", check_mixing_rates),
+        ("calibration_error", check_calibration_error),
+    ],
+)
+def test_the_notebooks_own_solution_passes(name, check):
+    assert check(solution("week2", name)).startswith("Right: ")

@@ -13,7 +13,7 @@ from utils import batch
 
 NAMES = {
     "week1": {"rouge1_zero_shot", "rouge1_few_shot", "rouge1_few_shot_gain", "entropy_true", "entropy_fit", "heldout_loss_error"},
-    "week2": {"rouge1_base", "rouge1_lora", "rouge1_gain"},
+    "week2": {"rouge1_base", "rouge1_lora", "rouge1_full", "rouge1_gain"},
     "week3": {"kl_first_rollout", "kl_final", "reward_accuracy", "hostile_share_sft", "hostile_share_ppo", "rouge1_sft",
               "rouge1_ppo", "reward_gain", "hostile_change"},
 }  # fmt: skip
