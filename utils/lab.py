@@ -168,6 +168,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")
     for message in (
         "Unsupported layer type",  # PEFT, of normalisation layers, which it trains all the same
+        "Position ids are not supported",  # PEFT, of learned prompts, in front of which it counts on its own
         "Sparse invariant checks",  # torch, of the sparse changes that PEFT builds itself
         "`torch.jit.script",  # torch about itself, at an import
     ):
