@@ -36,7 +36,7 @@ Examples = Sequence[dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Family:
-    """One way to fine-tune. `learning_rate` was chosen by the loss on validation dialogues, for each way on its own.
+    """One way to fine-tune. `learning_rate` is a common one for it, not tuned.
 
     `adapter(model, tokenizer, examples)` gives PEFT's configuration, or None where the model itself is trained.
     """
