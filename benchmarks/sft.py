@@ -24,13 +24,12 @@ RUNS = ("ours", "trl defaults", "trl fast")
 
 def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float]:
     """Train as `name` says in this process."""
-    import torch
     from transformers import PrinterCallback, set_seed
 
     from utils.data import load_dialogues
     from utils.lab import keep_freed_memory, peak_memory_mb, quiet_libraries
     from utils.models import load_model
-    from utils.prompts import encode_example, summary_prompt
+    from utils.prompts import IGNORED, encode_example, summary_prompt
     from utils.training import FineTuneConfig, fine_tune, lora_config, mean_loss
 
     quiet_libraries()
@@ -58,10 +57,11 @@ def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float
         fast = dict(gradient_checkpointing=False) if name == "trl fast" else {}
         # An object keeps its dtype (bfloat16); a path is loaded as the trainer likes.
         subject = model if fast else model.name_or_path
+        del model  # else the path's run would hold it, too
         rows = [
             {
                 "input_ids": e["input_ids"],
-                "completion_mask": [int(label != -100) for label in e["labels"]],
+                "completion_mask": [int(label != IGNORED) for label in e["labels"]],
             }
             for e in examples
         ]
@@ -92,8 +92,7 @@ def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         tuned = trainer.model.eval()
     peak = peak_memory_mb()
-    with torch.no_grad():
-        held_out = mean_loss(tuned, tokenizer, encoded(load_dialogues(split="validation")))
+    held_out = mean_loss(tuned, tokenizer, encoded(load_dialogues(split="validation")))
     third = max(1, len(losses) // 3)
     return {
         "tokens_per_second": sum(len(e["input_ids"]) for e in examples) / seconds,
@@ -101,7 +100,6 @@ def one_run(name: str, dialogues: int, batch: int, seed: int) -> dict[str, float
         "loss_first_third": sum(losses[:third]) / third,
         "loss_last_third": sum(losses[-third:]) / third,
         "loss_held_out": held_out,
-        "dtype": str(next(tuned.parameters()).dtype),
     }
 
 

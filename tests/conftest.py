@@ -1,5 +1,6 @@
 """Tiny models with random weights, made once a session: Llama, GPT-2, T5 and BERT, each with a tokenizer of its own."""
 
+import gc
 import inspect
 import os
 import sys
@@ -24,6 +25,15 @@ def broken_copy(module: types.ModuleType, search: str, replacement: str) -> type
     sys.modules[copy.__name__] = copy  # dataclasses look their module up
     exec(compile(source.replace(search, replacement), f"{copy.__name__}.py", "exec"), copy.__dict__)  # noqa: S102 - our own source
     return copy
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection():
+    """Each Trainer collects garbage, a third of a second among all that is imported: leave what is there alone."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 WORDS = [

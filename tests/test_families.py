@@ -1,7 +1,5 @@
 """The families of fine-tuning: each trains what it says, and nothing else; what is measured is what was there."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -17,13 +15,7 @@ BY_NAME = {family.name: family for family in FAMILIES}
 CONFIG = FineTuneConfig(batch_size=2, epochs=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Each Trainer collects garbage among all that is imported: leave what is there alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 @pytest.fixture(params=["llama", "t5"])

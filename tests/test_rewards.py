@@ -1,6 +1,5 @@
 """The preference model and the civility judge: the loss by hand, padding, and toys that both must learn."""
 
-import gc
 import math
 
 import pytest
@@ -24,13 +23,7 @@ HELD_OUT = ["a big {} cat sat", "the {} river ran to the house", "person1 tells 
 TEXTS = ["the cat", "a dog ran to the red house and the river .", "big", "person1 asks person2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Each Trainer collects garbage, a third of a second among all that is imported: leave what is there alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def fill(word, frames=FRAMES):

@@ -1,7 +1,6 @@
 """Fine-tuning: the loss by hand, what changes and what does not, and what has no influence."""
 
 import copy
-import gc
 import math
 import signal
 import subprocess
@@ -29,13 +28,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Each Trainer collects garbage, a third of a second among all that is imported: leave what is there alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def without_dropout(model):

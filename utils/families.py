@@ -22,14 +22,14 @@ from peft import (
     PromptTuningConfig,
     PromptTuningInit,
     ShiraConfig,
-    TaskType,
 )
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.lab import LabError, PeakMemory
+from utils.memory import linear_layers
 from utils.models import load_model
-from utils.training import FineTuneConfig, fine_tune, label_loss, lora_config
+from utils.training import FineTuneConfig, fine_tune, label_loss, lora_config, task_type
 
 Examples = Sequence[dict[str, list[int]]]
 
@@ -62,11 +62,6 @@ class Trained:
     losses: list[float]
 
 
-def task_type(model: PreTrainedModel) -> TaskType:
-    """PEFT's name for what the model does."""
-    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-
-
 def norm_names(model: nn.Module) -> list[str]:
     """Names of the normalisation layers, whatever a model calls them."""
     return [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
@@ -90,10 +85,9 @@ def largest_gradients(layer: nn.Linear, r: int, **_) -> torch.Tensor:
 
 
 def _sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> ShiraConfig:
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and "lm_head" not in name]
     model.requires_grad_(True)
     label_loss(model, tokenizer, examples[:8]).backward()
-    config = ShiraConfig(r=8, target_modules=linear, task_type=task_type(model))
+    config = ShiraConfig(r=8, target_modules=list(linear_layers(model)), task_type=task_type(model))
     config.mask_fn = largest_gradients
     return config
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,6 +59,11 @@ class FineTuneConfig:
     save_steps: int = 10
 
 
+def task_type(model: PreTrainedModel) -> TaskType:
+    """PEFT's name for what the model does."""
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
 def lora_config(
     model: PreTrainedModel, r: int = 8, alpha: int = 16, dropout: float = 0.0, upper_share: float = 1.0
 ) -> LoraConfig:
@@ -67,14 +72,13 @@ def lora_config(
     With `upper_share` below 1 only that share of the blocks, the last ones, gets adapters: the backward pass ends at the lowest
     of them.
     """
-    task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     target: str | list[str] = "all-linear"
     if upper_share < 1:
         first = round(model.config.num_hidden_layers * (1 - upper_share))
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         # "model.layers.7.mlp.up_proj": the first number in the name is that of the block; the head has none
         target = [name for name in linear if (block := re.search(r"\.(\d+)\.", name)) and int(block[1]) >= first]
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type=task)
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type=task_type(model))
 
 
 def fine_tune(
@@ -182,7 +186,7 @@ def _columns(examples: Sequence[dict[str, list[int]]], encoder_decoder: bool) ->
     return rows if encoder_decoder else [{**row, "labels": [IGNORED, *row["labels"][1:]]} for row in rows]
 
 
-def _collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+def _collator(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable:
     """Pads `input_ids` and `labels`, a decoder's on the right; gives an encoder-decoder its `decoder_input_ids`."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     collate = DataCollatorForSeq2Seq(tokenizer, model=inner if model.config.is_encoder_decoder else None)
