@@ -249,16 +249,6 @@ def test_every_template_is_filled_in(llama):
     assert all(option[0].islower() for options in cause.options for option in options)
 
 
-def test_lora_is_in_the_dtype_of_the_model_while_it_answers(tiny_folders):
-    model, _ = load_model(tiny_folders["llama"], dtype=torch.bfloat16, device="cpu")
-    adapted = get_peft_model(model, lora_config(model, r=2))
-    weights = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
-    before = {name: p.detach().clone() for name, p in weights.items()}
-    with benchmarks._lora_in_model_dtype(adapted):
-        assert {p.dtype for p in weights.values()} == {torch.bfloat16}
-    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in weights.items())
-
-
 def result(answers, targets, task="lab_x", family="F", probabilities=True, ids=None):
     return TaskResult(
         task=task, family=family, ids=ids or [f"x_{i}" for i in range(len(answers))], prompts=["?"] * len(answers),

@@ -173,6 +173,9 @@ def check_lora(module, model):
         theirs = wanted_gradients[name]
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() < 0.08 * theirs.norm() + 1e-4, name
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), module.fused_lora(model):
+        measured = model(input_ids=torch.arange(4, 24).view(2, 10)).logits.float()
+    assert torch.equal(measured, got), "measured and trained on are not the same"
     again, _ = logits_and_gradients(model)
     assert torch.equal(again, wanted), "the layers were not put back"
 
@@ -247,7 +250,9 @@ def test_broken_attention_is_noticed(search, replacement):
     ("search", "replacement"),
     [
         ("(b * scaling).to(rows.dtype)", "b.to(rows.dtype)"),
-        ("(grad.t() @ narrow) * ctx.scaling", "grad.t() @ narrow"),
+        ("(narrow.t() @ grad).t() * ctx.scaling", "(narrow.t() @ grad).t()"),
+        ("output.view(-1, output.shape[-1]).addmm_(narrow, ", "output.view(-1, output.shape[-1]).add(narrow @ "),
+        ("(b * layer.scaling[name]).to(inputs.dtype)", "b.to(inputs.dtype)"),
         (".addmm_(grad_narrow, narrow_a).view(", ".view("),
         ("grad_narrow = grad @ scaled_b", "grad_narrow = grad @ (scaled_b / ctx.scaling)"),
         (".addmm_(narrow, scaled_b.t())", ""),

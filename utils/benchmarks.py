@@ -36,6 +36,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data import DATA
 from utils.generation import base_model, eos_token_ids, generate, generation_config, pad_left, pad_right
+from utils.kernels import fused_lora
 from utils.lab import LabError, one_line, progress
 
 LOCAL = {
@@ -376,7 +377,7 @@ def _run(
     description: str,
 ) -> dict[str, TaskResult]:
     total = sum(map(len, samples.values()))
-    with progress(total=total, description=description) as bar, _quiet(), _lora_in_model_dtype(model):
+    with progress(total=total, description=description) as bar, _quiet(), fused_lora(model):
         answers = lm_eval.evaluate(
             lm=SharedContextLM(model, tokenizer, batch_size, bar),
             task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
@@ -384,23 +385,6 @@ def _run(
             bootstrap_iters=0,
         )["samples"]
     return {name: _task_result(name, families[name], answers[name]) for name in tasks}
-
-
-@contextlib.contextmanager
-def _lora_in_model_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Meanwhile LoRA's float32 matrices have the dtype of the model beside them, as under autocast in training.
-
-    Otherwise its small products in float32 take as long as all others in bfloat16 on a CPU.
-    """
-    dtype = model.get_input_embeddings().weight.dtype
-    kept = [(p, p.data) for name, p in model.named_parameters() if "lora_" in name and p.dtype != dtype]
-    try:
-        for parameter, weight in kept:
-            parameter.data = weight.to(dtype)
-        yield
-    finally:
-        for parameter, weight in kept:
-            parameter.data = weight
 
 
 @contextlib.contextmanager

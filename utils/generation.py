@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from utils.kernels import fused_lora
 from utils.lab import progress
 from utils.models import choose_dtype
 from utils.prompts import encode
@@ -203,6 +204,7 @@ def generate(
     shared = _shared_prefix(encoded) if reads_ahead else []
     try:
         with (
+            fused_lora(model),
             _packed_weights(model),
             progress(total=len(encoded), description=description, disable=not show_progress) as bar,
         ):

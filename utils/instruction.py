@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data import InstructionTask
 from utils.generation import base_model, pad_left, pad_right
+from utils.kernels import fused_lora
 from utils.lab import LabError, progress
 from utils.prompts import encode, encode_example, task_example
 
@@ -140,7 +141,7 @@ def option_scores(
     was_training = model.training
     model.eval()
     try:
-        with progress(total=len(items), description=description) as bar:
+        with fused_lora(model), progress(total=len(items), description=description) as bar:
             for first in range(0, len(items), batch_size):
                 numbers = by_length[first : first + batch_size]
                 owner = [place for place, i in enumerate(numbers) for _ in options[i]]

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -27,11 +27,17 @@ VIEW_LIMIT = 200_000  # bytes of an interactive view: it is kept in the notebook
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure in the notebook with `alt` as its text for readers who cannot see it."""
-    from IPython.display import Image, display
+    from IPython.display import display
+
+    display(_image(figure, alt))
+
+
+def _image(figure: Figure, alt: str):
+    from IPython.display import Image
 
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    display(Image(data=image.getvalue(), format="png", alt=alt))
+    return Image(data=image.getvalue(), format="png", alt=alt)
 
 
 def attention_masks(masks: Mapping[str, tuple], tokens: Sequence[str], title: str) -> Figure:
@@ -149,6 +155,35 @@ def ppo_curves(history: Sequence[Mapping[str, float]], title: str, kl_target: fl
     figure.suptitle(textwrap.fill(title, 100), fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def live_ppo_curves(steps: int, kl_target: float | None = None) -> Callable[[Sequence[Mapping[str, float]]], None]:
+    """For `PPOTrainer.train(on_step=...)`: one figure of `ppo_curves` that is drawn anew after each of `steps` steps.
+
+    Where nobody watches, it is drawn once, after the last.
+    """
+    from IPython.display import display
+
+    from utils.lab import headless
+
+    shown = None
+
+    def draw(history: Sequence[Mapping[str, float]]) -> None:
+        nonlocal shown
+        if headless() and len(history) < steps:
+            return
+        last = history[-1]
+        title = (
+            f"Step {len(history)} of {steps}: score {last['objective/scores']:+.2f}, KL {last['objective/kl']:.1f} nats"
+        )
+        alt = f"Left: score by PPO step. Right: KL from the reference by PPO step. {title}."
+        image = _image(ppo_curves(history, title, kl_target), alt)
+        if shown is None:
+            shown = display(image, display_id=not headless())
+        else:
+            shown.update(image)
+
+    return draw
 
 
 GROUP_STYLES = (  # colour and shape both tell groups apart

@@ -12,15 +12,12 @@ that old and new log-probabilities come from the same padded tensors and their f
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,21 +25,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from utils import ppo_run
 from utils.generation import Completion, base_model, generate, pad_left, pad_right
-from utils.lab import LabError, progress
+from utils.lab import progress
+from utils.ppo_run import PPOConfig, PPOError, RunningMoments
 from utils.prompts import encode
 
 Prompt = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
-
-
-class PPOError(LabError):
-    """Training cannot go on; the message names the step, the value and what to try."""
 
 
 # --- pure functions ----------------------------------------------------------------------------------------------
@@ -146,45 +139,13 @@ class AdaptiveKLController:
         self.value *= 1 + error * n / self.horizon
 
 
-# --- configuration and what a rollout holds ----------------------------------------------------------------------
+# --- what a rollout holds ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class PPOConfig:
-    """Settings of one run. Lengths are in tokens, KL in nats a sequence.
-
-    `steps` rollouts of `batch_size` prompts each, `num_completions` for every prompt; a rollout is learned from for `epochs`
-    passes in minibatches of `minibatch_size` completions (one optimizer step each), computed `micro_batch_size` at a time. With `kl_target` the
-    coefficient adapts, without it stays at `kl_coef`. The policy is `softmax(logits / temperature)`: the one temperature
-    applies to sampling, policy and reference alike, so what is scored is what is sampled.
-    """
-
-    steps: int = 10
-    batch_size: int = 16
-    num_completions: int = 1
-    minibatch_size: int = 8
-    micro_batch_size: int = 4
-    epochs: int = 2
-    max_new_tokens: int = 48
-    temperature: float = 1.0
-    learning_rate: float = 1e-4
-    lr_scheduler_type: str = "linear"
-    kl_coef: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    value_coef: float = 0.1
-    whiten_rewards: bool = False
-    missing_eos_penalty: float | None = None
-    max_grad_norm: float = 1.0
-    max_kl: float = 1000.0
-    generation_kwargs: dict[str, Any] | None = None
-    output_dir: str | None = None
-    save_steps: int | None = None
-    seed: int = 0
+LOGGED = (
+    "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
+    "val/clipfrac_avg", "val/ratio",
+)  # fmt: skip
 
 
 @dataclass
@@ -216,11 +177,12 @@ class PPOTrainer:
     model: decoder-only or encoder-decoder, plain or PEFT; only parameters that require gradients change.
     reward: called as `reward(prompts, completions, **columns)` with lists of strings, returns one finite number each.
     prompts: strings, chat messages, or rows with a column `prompt`; further columns go to the reward.
-    reference: by default the same weights with the adapter off where `model` is PEFT (so merge an adapter that was
-        fine-tuned before), else a frozen copy of `model`.
+    reference: by default a frozen copy of `model`, or, where `model` is PEFT, the same weights with only its frozen adapter
+        on (an SFT adapter that was kept, called "reference" if there are several), or with none (an SFT adapter that was merged).
 
     `train` repeats the three public steps: `rollout` samples and scores under both models, `score` asks the reward,
-    `update` learns.
+    `update` learns. Started by `torchrun`, each process holds the whole model, samples and learns from its share of a step, and
+    the gradients are added up; weights cut into shards (FSDP) are refused.
     """
 
     def __init__(
@@ -234,73 +196,66 @@ class PPOTrainer:
     ):
         self.model, self.reward, self.tokenizer, self.config = model.eval(), reward, tokenizer, config
         self.rows = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
-        if not self.rows:
-            raise LabError("PPO needs at least one prompt.")
-        if config.lr_scheduler_type not in ("linear", "constant"):
-            raise LabError(
-                f"lr_scheduler_type={config.lr_scheduler_type!r}: choose 'linear' (down to 0) or 'constant'."
-            )
-        if config.temperature <= 0:
-            raise LabError(f"temperature={config.temperature}: PPO samples, so it must be above 0.")
-        completions = config.batch_size * config.num_completions
-        if completions % config.minibatch_size or config.minibatch_size % config.num_completions:
-            raise LabError(
-                f"batch_size={config.batch_size} prompts with num_completions={config.num_completions} give {completions} "
-                f"rows: this must be a multiple of minibatch_size={config.minibatch_size}, and that one of num_completions."
-            )
-        self.generation_kwargs = _only_neutral(config.generation_kwargs or {})
+        ppo_run.check_config(config, self.rows)
+        ppo_run.check_model(model)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.trainable:
-            raise LabError("No parameter of the model requires gradients: pass a PEFT model or unfreeze the model.")
         if any("relative_attention_bias" in name for name in self.trainable):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.
             model.set_attn_implementation("eager")
+        self.reference_adapter = (
+            ppo_run.frozen_adapter(model) if reference is None and isinstance(model, PeftModel) else None
+        )
         if reference is None and not isinstance(model, PeftModel):
             reference = copy.deepcopy(model)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
-        self.value_head = nn.Linear(_hidden_size(model), 1, device=model.device, dtype=torch.float32)
+        width = model.config.get_text_config(decoder=True).hidden_size
+        self.value_head = nn.Linear(width, 1, device=model.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.optimizer = torch.optim.AdamW(
-            [*self.trainable.values(), *self.value_head.parameters()], lr=config.learning_rate, weight_decay=0.0
-        )
+        self.parameters = [*self.trainable.values(), *self.value_head.parameters()]
+        self.processes = ppo_run.Processes(model.device)
+        self.processes.start_alike(self.parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         self.kl_controller = (
             FixedKLController(config.kl_coef)
             if config.kl_target is None
             else AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
         )
+        self.moments = RunningMoments()
         self.step = self.optimizer_steps = 0
         self.history: list[dict[str, float]] = []
+        self.tensorboard = ppo_run.tensorboard_writer(config) if self.processes.is_main else None
 
-    def train(self, resume_from: str | os.PathLike | None = None) -> list[dict[str, float]]:
+    def train(
+        self, resume_from: str | os.PathLike | None = None, on_step: Callable[[list[dict]], None] | None = None
+    ) -> list[dict[str, float]]:
         """Run the steps that are left and return the metrics of every step.
 
-        `resume_from` is a folder that an earlier run wrote. Every random draw of a step follows from the seed and the
-        step's number, so a resumed run goes on as the uninterrupted one would have.
+        `resume_from` is a checkpoint, or "last": the newest in `output_dir`, if there is one yet. Every random draw of a
+        step follows from the seed and the step's number, so a resumed run goes on as the uninterrupted one would have.
+        `on_step` is called after each step with the metrics so far.
         """
-        if resume_from is not None:
-            self.load_checkpoint(resume_from)
-        with progress(total=self.config.steps, initial=self.step, description="PPO") as bar:
-            while self.step < self.config.steps:
-                devices = [self.model.device] if self.model.device.type == "cuda" else []
-                with torch.random.fork_rng(devices):
-                    torch.manual_seed(self.config.seed * 1_000_003 + self.step)
-                    self._set_learning_rate()
-                    seconds = [time.perf_counter()]
-                    rollout = self.rollout(self._next_rows())
-                    seconds.append(time.perf_counter())
-                    self.score(rollout)
-                    seconds.append(time.perf_counter())
-                    metrics = self.update(rollout)
-                    seconds.append(time.perf_counter())
-                for i, name in enumerate(("rollout", "score", "update")):
-                    metrics[f"seconds/{name}"] = seconds[i + 1] - seconds[i]
-                self.history.append(metrics)
-                self.step += 1
-                bar.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
-                bar.update(1)
-                if self.config.output_dir and self.config.save_steps and self.step % self.config.save_steps == 0:
-                    self.save_checkpoint(Path(self.config.output_dir) / f"step-{self.step}")
+        ppo_run.begin(self, resume_from)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        main = self.processes.is_main
+        try:
+            with progress(total=self.config.steps, initial=self.step, description="PPO", disable=not main) as bar:
+                while self.step < self.config.steps:
+                    with torch.random.fork_rng(devices):
+                        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+                        metrics = self._one_step()
+                    self.history.append(metrics)
+                    self.step += 1
+                    bar.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
+                    bar.update(1)
+                    if main:
+                        ppo_run.keep_step(self)
+                        if on_step is not None:
+                            on_step(self.history)
+        except KeyboardInterrupt:
+            if main:
+                print(f"Stopped in step {self.step}. {ppo_run.where_to_resume(self.config)}")
+            raise
         return self.history
 
     # --- the three steps ---
@@ -312,46 +267,43 @@ class PPOTrainer:
         The `num_completions` of one prompt are consecutive rows.
         """
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        seed = self.processes.from_main(int(torch.randint(2**40, ())))
+        completions = self._sample([row["prompt"] for row in rows], seed)
+        rows = [row for row in rows for _ in range(self.config.num_completions)]
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        completions = generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            batch_size=len(prompts),
-            completions_per_prompt=self.config.num_completions,
-            show_progress=False,
-            do_sample=True,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.max_new_tokens,
-            **self.generation_kwargs,
-        )
-        repeats = [row for row in range(len(rows)) for _ in range(self.config.num_completions)]
-        prompts = [prompts[i] for i in repeats]
-        columns = {key: [values[i] for i in repeats] for key, values in columns.items()}
         prompt_ids = [encode(self.tokenizer, prompt) for prompt in prompts]
         lengths = torch.tensor([len(completion.token_ids) for completion in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        empty = torch.zeros(mask.shape, dtype=torch.float32)
-        rollout = Rollout(prompts, columns, prompt_ids, completions, [], empty, empty.clone(), empty.clone(), mask)
-        rollout.micro_batches = self._minibatches(rollout)
-        for rows_of_batch in _flatten(rollout.micro_batches):
-            logprobs, values, _ = self._forward(self.model, rollout, rows_of_batch)
-            _store(rollout.logprobs, rows_of_batch, logprobs)
-            _store(rollout.values, rows_of_batch, values)
-            with self._reference_model() as reference:
-                _store(rollout.ref_logprobs, rows_of_batch, self._forward(reference, rollout, rows_of_batch)[0])
+        logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape)
+        rollout = Rollout(prompts, columns, prompt_ids, completions, [], logprobs, ref_logprobs, values, mask)
+        rollout.micro_batches = self._minibatches(rollout, seed)
+        mine = [batch for minibatch in rollout.micro_batches for batch in self.processes.share(minibatch)]
+        for batch in mine:
+            new_logprobs, new_values, _ = self._forward(self.model, rollout, batch)
+            _store(logprobs, batch, new_logprobs)
+            _store(values, batch, new_values)
+        with self._reference_model() as reference:
+            for batch in mine:
+                _store(ref_logprobs, batch, self._forward(reference, rollout, batch)[0])
+        for tensor in (logprobs, ref_logprobs, values):  # zero where another process had the row
+            tensor.copy_(self.processes.sum(tensor))
         return rollout
 
     def score(self, rollout: Rollout) -> Tensor:
-        """Ask the reward for one number a completion, (rows,), and keep it in the rollout."""
-        prompts = [_last_text(prompt) for prompt in rollout.prompts]
-        scores = self.reward(prompts, rollout.texts, **rollout.columns)
-        if len(scores) != len(rollout.texts):
-            raise PPOError(f"The reward gave {len(scores)} numbers for {len(rollout.texts)} completions.")
-        rollout.scores = torch.tensor([float(score) for score in scores])
+        """Ask the reward for one number a completion, (rows,), and keep it in the rollout. Only the main process asks."""
+        scores = None
+        if self.processes.is_main:
+            prompts = [_last_text(prompt) for prompt in rollout.prompts]
+            scores = [float(score) for score in self.reward(prompts, rollout.texts, **rollout.columns)]
+        rollout.scores = torch.tensor(self.processes.from_main(scores))
+        if len(rollout.scores) != len(rollout.texts):
+            raise PPOError(f"The reward gave {len(rollout.scores)} numbers for {len(rollout.texts)} completions.")
         if not rollout.scores.isfinite().all():
-            raise PPOError(f"Step {self.step}: the reward gave {rollout.scores.tolist()}: it must be finite.")
+            raise PPOError(
+                f"Step {self.step}: the reward gave {rollout.scores.tolist()}: it must be finite, so look at what it makes of "
+                "an empty or very long completion."
+            )
         if self.config.missing_eos_penalty is not None:
             truncated = torch.tensor([completion.truncated for completion in rollout.completions])
             rollout.scores -= self.config.missing_eos_penalty * truncated
@@ -362,53 +314,103 @@ class PPOTrainer:
         config, mask = self.config, rollout.mask
         kl = torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1"), 0.0)
         sequence_kl = kl.sum(1)
-        self._check(sequence_kl)
+        mean_kl = float(sequence_kl.mean())
+        if not math.isfinite(mean_kl) or abs(mean_kl) > config.max_kl:
+            raise PPOError(
+                f"Step {self.step}: KL from the reference is {mean_kl:.4g} nats a sequence: lower learning_rate "
+                f"(now {config.learning_rate}) or raise kl_coef (now {config.kl_coef}). {ppo_run.where_to_resume(config)}"
+            )
+        self.moments.update(rollout.scores)
+        scores = rollout.scores / self.moments.std if config.scale_scores else rollout.scores
         kl_penalty = -self.kl_controller.value * kl
         rewards = kl_penalty.clone()
         last = mask.sum(1) - 1
-        rewards[torch.arange(len(last)), last] += rollout.scores
+        rewards[torch.arange(len(last)), last] += scores
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
         advantages = masked_whiten(advantages, mask)
 
-        sums: dict[str, float] = {}
-        norms, tokens = [], 0
-        for _epoch in range(config.epochs):
-            for minibatch in rollout.micro_batches:
-                minibatch_tokens = sum(int(mask[rows].sum()) for rows in minibatch)
-                for rows in minibatch:
-                    statistics = self._backward(rollout, rows, advantages, returns, minibatch_tokens)
-                    for name, value in statistics.items():
-                        sums[name] = sums.get(name, 0.0) + value
-                tokens += minibatch_tokens
-                norms.append(self._optimizer_step())
+        statistics, norms, tokens = torch.zeros(len(LOGGED)), [], 0
+        minibatches = [minibatch for _ in range(config.epochs) for minibatch in rollout.micro_batches]
+        for minibatch in minibatches:
+            minibatch_tokens = sum(int(mask[rows].sum()) for rows in minibatch)
+            sums = torch.zeros(len(LOGGED))
+            for rows in self.processes.share(minibatch):
+                sums += self._backward(rollout, rows, advantages, returns, minibatch_tokens)
+            sums = self.processes.sum(sums)
+            statistics += sums
+            tokens += minibatch_tokens
+            approxkl = float(sums[LOGGED.index("policy/approxkl_avg")]) / minibatch_tokens
+            if config.target_kl is not None and approxkl > config.target_kl:
+                self.optimizer.zero_grad(set_to_none=True)
+                break
+            norms.append(self._optimizer_step())
         metrics = {
-            "objective/kl": float(sequence_kl.mean()),
+            "objective/kl": mean_kl,
             "objective/kl_coef": self.kl_controller.value,
-            "objective/entropy": float(-(rollout.logprobs * mask).sum(1).mean()),
+            "objective/entropy": float(-torch.where(mask, rollout.logprobs, 0.0).sum(1).mean()),
             "objective/scores": float(rollout.scores.mean()),
+            "objective/scores_running_mean": self.moments.mean,
+            "objective/scores_running_std": self.moments.std,
             "objective/non_score_reward": float(kl_penalty.sum(1).mean()),
-            "objective/rlhf_reward": float((rollout.scores + kl_penalty.sum(1)).mean()),
-            **{name: value / tokens for name, value in sums.items()},
+            "objective/rlhf_reward": float((scores + kl_penalty.sum(1)).mean()),
+            **{name: float(total) / tokens for name, total in zip(LOGGED, statistics, strict=True)},
             "val/num_eos_tokens": float(sum(not completion.truncated for completion in rollout.completions)),
             "val/explained_variance": _explained_variance(rollout.values[mask], returns[mask]),
             "response/length_mean": float(mask.sum(1).float().mean()),
             "response/truncated_frac": sum(c.truncated for c in rollout.completions) / len(mask),
-            "grad_norm": sum(norms) / len(norms),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "lr": self.optimizer.param_groups[0]["lr"],
             "optimizer_steps": float(self.optimizer_steps),
         }
         self.kl_controller.update(metrics["objective/kl"], len(mask))
         return metrics
 
-    # --- pieces of the update ---
+    # --- pieces of a step ---
+
+    def _one_step(self) -> dict[str, float]:
+        left = 1 - self.step / self.config.steps if self.config.lr_scheduler_type == "linear" else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * left
+        times = [time.perf_counter()]
+        rollout = self.rollout(self._next_rows())
+        times.append(time.perf_counter())
+        self.score(rollout)
+        times.append(time.perf_counter())
+        metrics = self.update(rollout)
+        times.append(time.perf_counter())
+        seconds = {f"seconds/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))}
+        return metrics | seconds
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
+        """Completions of each prompt. Each slice of prompts has a seed of its own, so any process may sample any slice."""
+        size = max(1, self.config.rollout_batch_size // self.config.num_completions)
+        sampled = []
+        for number, first in self.processes.share([*enumerate(range(0, len(prompts), size))]):
+            torch.manual_seed(seed + number)
+            part = generate(
+                self.model,
+                self.tokenizer,
+                prompts[first : first + size],
+                batch_size=size,
+                completions_per_prompt=self.config.num_completions,
+                show_progress=False,
+                do_sample=True,
+                temperature=self.config.temperature,
+                max_new_tokens=self.config.max_new_tokens,
+                **(self.config.generation_kwargs or {}),
+            )
+            sampled.append((number, part))
+        return [completion for _, part in sorted(self.processes.gather(sampled)) for completion in part]
 
     def _backward(
         self, rollout: Rollout, rows: list[int], advantages: Tensor, returns: Tensor, minibatch_tokens: int
-    ) -> dict[str, float]:
-        """Add one micro-batch's gradient; sums over its tokens of what is logged.
+    ) -> Tensor:
+        """Add one micro-batch's gradient; sums over its tokens of what is `LOGGED`.
 
-        Dividing by the tokens of the whole minibatch makes the gradient independent of how it is cut into micro-batches.
+        Dividing by the tokens of the whole minibatch makes the gradient independent of how it is cut into micro-batches
+        and shared among processes.
         """
         logprobs, values, entropy = self._forward(self.model, rollout, rows)
         device, width = logprobs.device, logprobs.shape[1]
@@ -425,41 +427,21 @@ class PPOTrainer:
             ratio = log_ratio.exp()
             clipped = token_policy_loss > -advantages * ratio
             value_clipped = token_value_loss > (values - returns) ** 2 / 2
-            logged = {
-                "policy/approxkl_avg": log_ratio**2 / 2,
-                "policy/clipfrac_avg": clipped.float(),
-                "policy/entropy_avg": entropy,
-                "loss/policy_avg": token_policy_loss,
-                "loss/value_avg": token_value_loss,
-                "val/clipfrac_avg": value_clipped.float(),
-                "val/ratio": ratio,
-            }
-            return {name: float(torch.where(mask, value, 0.0).sum()) for name, value in logged.items()}
-
-    def _set_learning_rate(self) -> None:
-        left = 1 - self.step / self.config.steps if self.config.lr_scheduler_type == "linear" else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * left
+            logged = log_ratio**2 / 2, clipped, entropy, token_policy_loss, token_value_loss, value_clipped, ratio
+            return torch.stack([torch.where(mask, each.float(), 0.0).sum() for each in logged]).cpu()
 
     def _optimizer_step(self) -> float:
-        parameters = [*self.trainable.values(), *self.value_head.parameters()]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        self.processes.sum_gradients(self.parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if not math.isfinite(norm):
             raise PPOError(
-                f"Step {self.step}: the gradient's norm is {norm}: lower learning_rate (now {self.config.learning_rate})."
+                f"Step {self.step}: the gradient's norm is {norm}: lower learning_rate (now {self.config.learning_rate}). "
+                + ppo_run.where_to_resume(self.config)
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
         return norm
-
-    def _check(self, sequence_kl: Tensor) -> None:
-        kl = float(sequence_kl.mean())
-        if not math.isfinite(kl) or abs(kl) > self.config.max_kl:
-            raise PPOError(
-                f"Step {self.step}: KL from the reference is {kl:.4g} nats a sequence: lower learning_rate "
-                f"(now {self.config.learning_rate}) or raise kl_coef (now {self.config.kl_coef})."
-            )
 
     # --- the forward pass that old, new and reference log-probabilities share ---
 
@@ -474,10 +456,12 @@ class PPOTrainer:
                 logits = logits[mask]
             else:
                 hidden = self._decoder_only(model, [rollout.prompt_ids[i] for i in rows], completions)
-                logits = None
+                head = base_model(model).get_output_embeddings()
+                logits = None if type(head) is nn.Linear else head(hidden[mask])
         if logits is None:
-            head = base_model(model).get_output_embeddings()
-            logits = F.linear(hidden[mask].float(), head.weight.float(), _float_or_none(head.bias))
+            logits = F.linear(
+                hidden[mask].float(), head.weight.float(), None if head.bias is None else head.bias.float()
+            )
         logprobs = (logits.float() / self.config.temperature).log_softmax(-1)  # (tokens, vocabulary): none for padding
         chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
@@ -534,12 +518,25 @@ class PPOTrainer:
 
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
-        """The frozen reference; where it is the policy with its adapter off, the adapter is on again afterwards."""
+        """The frozen reference; where it shares the policy's weights, the policy's adapter is on again afterwards."""
         if self.reference is not None:
             yield self.reference
             return
-        with self.model.disable_adapter():
-            yield self.model
+        # PEFT turns gradients on and off with its adapters
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        active = list(self.model.active_adapters)
+        try:
+            if self.reference_adapter is None:
+                with self.model.disable_adapter():
+                    yield self.model
+            else:
+                self.model.base_model.set_adapter(self.reference_adapter, inference_mode=True)
+                yield self.model
+        finally:
+            if self.reference_adapter is not None:
+                self.model.base_model.set_adapter(active)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     # --- batches ---
 
@@ -553,11 +550,12 @@ class PPOTrainer:
             rows.append(self.rows[torch.randperm(len(self.rows), generator=generator)[index]])
         return rows
 
-    def _minibatches(self, rollout: Rollout) -> list[list[list[int]]]:
+    def _minibatches(self, rollout: Rollout, seed: int) -> list[list[list[int]]]:
         """Random minibatches, each cut into micro-batches of like length. Completions of one prompt stay together."""
         group = self.config.num_completions
         size, micro = self.config.minibatch_size // group, max(1, self.config.micro_batch_size // group)
-        order = torch.randperm(len(rollout.prompts) // group).tolist()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rollout.prompts) // group, generator=generator).tolist()
         minibatches = []
         for start in range(0, len(order), size):
             prompts = sorted(order[start : start + size], key=lambda p: len(rollout.prompt_ids[p * group]))
@@ -565,97 +563,24 @@ class PPOTrainer:
             minibatches.append([[*chain(*rows[i : i + micro])] for i in range(0, len(rows), micro)])
         return minibatches
 
-    # --- checkpoints: safetensors and JSON, written to a new name and then renamed ---
-
     def save_checkpoint(self, folder: str | os.PathLike) -> Path:
-        """Write all that a resumed run needs: trainable weights, value head, optimizer, coefficient, position, metrics."""
-        folder = Path(folder)
-        tensors = {f"policy.{name}": p.detach() for name, p in self.trainable.items()}
-        tensors |= {f"value_head.{name}": p.detach() for name, p in self.value_head.named_parameters()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-        state = {
-            "step": self.step,
-            "optimizer_steps": self.optimizer_steps,
-            "kl_coef": self.kl_controller.value,
-            "history": self.history,
-            "config": asdict(self.config),
-        }
-        partial = None
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise PPOError(f"The checkpoint {folder} cannot be written ({error}).") from error
-        finally:
-            if partial is not None:
-                shutil.rmtree(partial, ignore_errors=True)
-        return folder
+        """Write all that a resumed run needs, whole or not at all. Raises `PPOError` where it cannot."""
+        return ppo_run.save_checkpoint(self, Path(folder))
 
     def load_checkpoint(self, folder: str | os.PathLike) -> None:
-        """Take up a run where `save_checkpoint` left it. Raises `PPOError` where the folder is not such a checkpoint."""
-        folder = Path(folder)
-        try:
-            tensors = load_file(folder / "state.safetensors")
-            state = json.loads((folder / "state.json").read_text())
-            with torch.no_grad():
-                for name, parameter in self.trainable.items():
-                    parameter.copy_(tensors[f"policy.{name}"])
-                for name, parameter in self.value_head.named_parameters():
-                    parameter.copy_(tensors[f"value_head.{name}"])
-        except Exception as error:
-            raise PPOError(f"{folder} is not a checkpoint of this model ({type(error).__name__}: {error}).") from error
-        saved: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, field = name.split(".", 2)
-                saved.setdefault(int(index), {})[field] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
-        self.step, self.optimizer_steps = state["step"], state["optimizer_steps"]
-        self.kl_controller.value, self.history = state["kl_coef"], state["history"]
+        """Take up a run where `save_checkpoint` left it. Raises `PPOError` where `folder` is no checkpoint of this run."""
+        ppo_run.load_checkpoint(self, Path(folder))
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-def _only_neutral(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Refuse settings that would make the sampled distribution differ from the scored one."""
-    neutral = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": True, "num_beams": 1}
-    for name, value in kwargs.items():
-        if name not in neutral or value != neutral[name]:
-            raise LabError(
-                f"generation_kwargs {name}={value!r} changes the distribution that is sampled, while KL and the ratio are "
-                "computed from the policy's own: leave it out"
-                + (" and set PPOConfig.temperature." if name == "temperature" else ".")
-            )
-    return kwargs
 
 
 def _trunk(model: nn.Module) -> nn.Module:
     return base_model(model).base_model
 
 
-def _hidden_size(model: nn.Module) -> int:
-    config = model.config.get_text_config(decoder=True)
-    return config.hidden_size
-
-
-def _float_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
 def _store(target: Tensor, rows: list[int], values: Tensor) -> None:
     target[rows, : values.shape[1]] = values.detach().float().cpu()
-
-
-def _flatten(minibatches: list[list[list[int]]]) -> Iterator[list[int]]:
-    for minibatch in minibatches:
-        yield from minibatch
 
 
 def _last_text(prompt: Prompt) -> str:
@@ -666,3 +591,9 @@ def _last_text(prompt: Prompt) -> str:
 def _explained_variance(values: Tensor, returns: Tensor) -> float:
     variance = returns.var(unbiased=False)
     return float(1 - (returns - values).var(unbiased=False) / variance) if variance > 0 else 0.0
+
+
+if __name__ == "__main__":
+    from utils.ppo_command import main
+
+    raise SystemExit(main())

@@ -162,11 +162,12 @@ def mean_loss(
     columns = _columns(sorted(examples, key=lambda e: len(e["input_ids"])), model.config.is_encoder_decoder)
     collate, total, count, was_training = _collator(model, tokenizer), 0.0, 0, model.training
     model.eval()
-    for first in progress(range(0, len(columns), batch_size), description="measuring the loss"):
-        batch = collate(columns[first : first + batch_size]).to(model.device)
-        logits, labels = _where_labelled(model, batch)
-        total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        count += len(labels)
+    with fused_lora(model):
+        for first in progress(range(0, len(columns), batch_size), description="measuring the loss"):
+            batch = collate(columns[first : first + batch_size]).to(model.device)
+            logits, labels = _where_labelled(model, batch)
+            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            count += len(labels)
     model.train(was_training)
     return total / count
 
