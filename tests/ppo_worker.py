@@ -18,13 +18,12 @@ os.environ["LAB_HEADLESS"] = "1"
 
 import torch
 from peft import get_peft_model
-from test_ppo import load
+from test_ppo import PROMPTS, load
 
 from utils.ppo import PPOConfig, PPOTrainer
 from utils.training import lora_config
 
 torch.set_num_threads(1)
-PROMPTS = ["the cat sat on the mat", "a dog ran", "person1 asks person2 to ran to the red house and the river", "big"]
 STEPS = 6
 
 

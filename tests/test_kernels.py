@@ -205,11 +205,55 @@ def test_other_adapters_stay_pefts(adapted, settings):
         assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_what_is_fused_stays_so_after_a_part_that_fuses_too(adapted):
+    model = adapted()
+    fused = lambda: {name for name, m in model.named_modules() if "forward" in vars(m)}  # noqa: E731
+    with fused_lora(model):
+        outer = fused()
+        with fused_lora(model):
+            assert fused() == outer
+        assert fused() == outer
+    assert outer
+    assert not fused()
+
+
+def test_every_measurement_goes_through_the_fused_step(tiny_folders, monkeypatch):
+    from utils.benchmarks import evaluate
+    from utils.generation import generate
+    from utils.instruction import Item, option_scores
+    from utils.models import load_model
+    from utils.training import lora_config, mean_loss
+
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.bfloat16, device="cpu")
+    model = get_peft_model(model, lora_config(model, r=2))
+    calls, plain = [], kernels._lora_forward
+    monkeypatch.setattr(kernels, "_lora_forward", lambda *arguments: calls.append(arguments) or plain(*arguments))
+    monkeypatch.setattr(kernels.LoraLinear, "forward", None)  # PEFT's own would be an error
+    item = Item("x", "x_0", [{"role": "user", "content": "the cat sat"}], "a dog", ("a dog", "the cat"))
+    for measure in (
+        lambda: generate(model, tokenizer, ["the cat sat"], max_new_tokens=2),
+        lambda: mean_loss(model, tokenizer, [{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}]),
+        lambda: option_scores(model, tokenizer, [item]),
+        lambda: evaluate(model, tokenizer, {"GLUE": ["lab_sentiment"]}, limit=2),
+    ):
+        calls.clear()
+        measure()
+        assert calls
+
+
+def frozen_linear(weight, bias=None):
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=bias is not None, dtype=weight.dtype).requires_grad_(False)
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
+
+
 def test_a_bias_of_the_base_is_added():
     torch.manual_seed(0)
     inputs, weight, bias = torch.randn(3, 5, 6), torch.randn(4, 6), torch.randn(4)
     a, b = torch.randn(2, 6), torch.randn(4, 2)
-    got = kernels.LoraProduct.apply(inputs, weight, bias, a, b, 0.5)
+    got = kernels.LoraProduct.apply(inputs, frozen_linear(weight, bias), a, b, 0.5)
     torch.testing.assert_close(got, inputs @ weight.T + bias + 0.5 * inputs @ a.T @ b.T)
 
 
@@ -218,7 +262,8 @@ def test_gradients_of_the_product_by_differences():
     shapes = ((2, 3, 5), (4, 5), (2, 5), (4, 2))
     inputs, weight, a, b = (torch.randn(*shape, dtype=torch.double) for shape in shapes)
     wanted = [tensor.requires_grad_() for tensor in (inputs, a, b)]
-    assert torch.autograd.gradcheck(lambda x, a, b: kernels.LoraProduct.apply(x, weight, None, a, b, 0.7), wanted)
+    base = frozen_linear(weight)
+    assert torch.autograd.gradcheck(lambda x, a, b: kernels.LoraProduct.apply(x, base, a, b, 0.7), wanted)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +296,7 @@ def test_broken_attention_is_noticed(search, replacement):
     [
         ("(b * scaling).to(rows.dtype)", "b.to(rows.dtype)"),
         ("(narrow.t() @ grad).t() * ctx.scaling", "(narrow.t() @ grad).t()"),
-        ("output.view(-1, output.shape[-1]).addmm_(narrow, ", "output.view(-1, output.shape[-1]).add(narrow @ "),
-        ("(b * layer.scaling[name]).to(inputs.dtype)", "b.to(inputs.dtype)"),
+        ("base(rows).addmm_", "F.linear(rows, base.weight * 2, base.bias).addmm_"),
         (".addmm_(grad_narrow, narrow_a).view(", ".view("),
         ("grad_narrow = grad @ scaled_b", "grad_narrow = grad @ (scaled_b / ctx.scaling)"),
         (".addmm_(narrow, scaled_b.t())", ""),

@@ -128,9 +128,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     """Meanwhile each frozen linear layer with a LoRA adapter, as PEFT makes it, is one step of the graph (`LoraProduct`).
 
     PEFT's own forward pass turns each input into the adapter's float32 and, under autocast, back, and keeps it twice.
-    Layers that are anything else than base and one adapter (DoRA, dropout, merged, quantised) stay PEFT's.
+    Layers that are anything else than base and one adapter (DoRA, dropout, merged, quantised) stay PEFT's. Those that are
+    fused already stay so afterwards: a benchmark generates while it measures.
     """
-    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    layers = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in vars(m) and _is_plain(m)]
     for layer in layers:
         layer.forward = partial(_lora_forward, layer)
     try:
@@ -157,32 +158,25 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 def _lora_forward(layer: LoraLinear, inputs: Tensor) -> Tensor:
     base, name = layer.base_layer, layer.active_adapters[0]
-    a, b, inputs = layer.lora_A[name].weight, layer.lora_B[name].weight, inputs.to(base.weight.dtype)
-    if torch.is_grad_enabled():
-        return LoraProduct.apply(inputs, base.weight, base.bias, a, b, layer.scaling[name])
-    output = base(inputs)  # which generation may have replaced by a faster way to the same numbers
-    narrow = inputs.reshape(-1, inputs.shape[-1]) @ a.to(inputs.dtype).t()
-    output.view(-1, output.shape[-1]).addmm_(narrow, (b * layer.scaling[name]).to(inputs.dtype).t())
-    return output
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return LoraProduct.apply(inputs.to(base.weight.dtype), base, *factors, layer.scaling[name])
 
 
 class LoraProduct(torch.autograd.Function):
     """x W' + bias + scaling x A' B' with gradients for x, A and B (Hu et al. 2021, equation 3).
 
-    Forward: inputs (..., in) and weight (out, in) in one dtype, in which the products are computed, bias (out,) or None,
-    a (r, in) and b (out, r) in any dtype, scaling a number. Returns (..., out). Kept for the backward pass are the
-    inputs, once, and the narrow x A'.
+    Forward: inputs (..., in) in the dtype of `base`, a frozen linear layer in to out, in which the products are computed,
+    a (r, in) and b (out, r) in any dtype, scaling a number. Returns (..., out). `base` is called, since generation may have
+    given it a faster way to the same numbers. Kept for the backward pass are the inputs, once, and the narrow x A'.
     """
 
     @staticmethod
-    def forward(
-        ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx, inputs: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         narrow_a, scaled_b = a.to(rows.dtype), (b * scaling).to(rows.dtype)
         narrow = rows @ narrow_a.t()
-        output = F.linear(rows, weight, bias).addmm_(narrow, scaled_b.t())
-        ctx.save_for_backward(rows, weight, narrow_a, scaled_b, narrow)
+        output = base(rows).addmm_(narrow, scaled_b.t())
+        ctx.save_for_backward(rows, base.weight, narrow_a, scaled_b, narrow)
         ctx.scaling = scaling
         return output.view(*inputs.shape[:-1], -1)
 
@@ -195,4 +189,4 @@ class LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_inputs = (grad @ weight).addmm_(grad_narrow, narrow_a).view(*shape[:-1], -1)
         # narrow' grad and not grad' narrow: half the time for the same numbers, turned round
-        return grad_inputs, None, None, grad_narrow.t() @ rows, (narrow.t() @ grad).t() * ctx.scaling, None
+        return grad_inputs, None, grad_narrow.t() @ rows, (narrow.t() @ grad).t() * ctx.scaling, None
