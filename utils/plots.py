@@ -1143,7 +1143,10 @@ def quality_against_parameters(points: Mapping[str, tuple[int, float, str]], bas
         style = {"fontsize": 8, "color": looks[kind][0]}
         places = [
             ((n, loss), offset, style | {"ha": side})
-            for offset, side in (((7, 3), "left"), ((7, -11), "left"), ((-7, 3), "right"), ((-7, -11), "right"))
+            for offset, side in (
+                *(((7, 3), "left"), ((7, -11), "left"), ((-7, 3), "right"), ((-7, -11), "right")),
+                *(((0, -16), "center"), ((0, 8), "center")),
+            )
         ]
         taken.append(_label(axis, name, places, taken, centres))
     return figure
@@ -1180,7 +1183,7 @@ def by_clusters(
             )
             if axis is axes[0] and chance and name in chance:
                 axis.axhline(chance[name], color=colour, linestyle=":", linewidth=1.5)
-        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xticks(range(len(labels)), [textwrap.fill(label, 9) for label in labels])
         axis.set_ylim(0, 1)
         axis.set_xlim(-0.5, len(labels) - 0.5)
         axis.set_xlabel(xlabel)
