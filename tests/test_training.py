@@ -14,7 +14,7 @@ from torch import nn
 
 from utils.lab import ROOT, LabError
 from utils.prompts import IGNORED, encode_example
-from utils.training import FineTuneConfig, fine_tune, lora_config, mean_loss
+from utils.training import FineTuneConfig, fine_tune, label_losses, lora_config, mean_loss
 
 PAIRS = [
     ("the cat sat on the mat", "cat sat"),
@@ -340,3 +340,12 @@ def test_mean_loss_is_that_of_single_examples(sure):
     model, tokenizer = sure
     examples = make_examples(model, tokenizer)
     assert mean_loss(model, tokenizer, examples, batch_size=3) == pytest.approx(loss_by_hand(model, examples), rel=1e-5)
+
+
+def test_label_losses_stand_in_the_order_of_the_examples(sure):
+    model, tokenizer = sure
+    examples = sorted(make_examples(model, tokenizer), key=lambda e: -len(e["input_ids"]))  # read shortest first
+    losses = label_losses(model, tokenizer, examples, batch_size=3)
+    assert len({round(float(each.mean()), 4) for each in losses}) > 1
+    for example, each in zip(examples, losses, strict=True):
+        assert each.mean() == pytest.approx(loss_by_hand(model, [example]), rel=1e-5)

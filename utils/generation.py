@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.helpers import DoraCaching
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -205,6 +206,7 @@ def generate(
     try:
         with (
             fused_lora(model),
+            DoraCaching(),  # else the length of every column is measured again for every token
             _packed_weights(model),
             progress(total=len(encoded), description=description, disable=not show_progress) as bar,
         ):

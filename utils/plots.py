@@ -1152,6 +1152,32 @@ def quality_against_parameters(points: Mapping[str, tuple[int, float, str]], bas
     return figure
 
 
+def prompt_lengths(
+    lengths: Sequence[int], curves: Mapping[str, tuple[float, Sequence[float], float]], title: str
+) -> Figure:
+    """Held-out loss over the number of learned vectors, a colour a model: after Lester et al. 2021, figure 3a.
+
+    `curves`: name to (loss untuned, loss with a prompt of each of `lengths`, loss after full fine-tuning), in nats a token.
+    """
+    figure = Figure(figsize=(6.4, 4))
+    axis = figure.subplots()
+    for (name, (untuned, tuned, full)), colour in zip(curves.items(), (BLUE, VERMILION, GREEN, BLACK), strict=False):
+        axis.plot(lengths, tuned, "o-", color=colour, label=f"{name}: learned prompt")
+        axis.axhline(untuned, color=colour, linestyle=":", label="no tuning")
+        axis.axhline(full, color=colour, linestyle="--", label="full fine-tuning")
+    axis.set_xscale("log")
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("learned vectors in front of the text")
+    axis.set_ylabel("held-out loss (nats a token)")
+    axis.set_title(textwrap.fill(title, 72), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def by_clusters(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, float]]]]],
     labels: Sequence[str],

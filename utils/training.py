@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -152,24 +153,40 @@ def fine_tune(
 
 
 @torch.no_grad()
+def label_losses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, list[int]]],
+    batch_size: int = 8,
+) -> list[np.ndarray]:
+    """Cross-entropy of each label of each example, in nats: one (labels,) float32 an example, in the order of `examples`.
+
+    Examples of like length are read together. The model is in evaluation mode meanwhile.
+    """
+    columns = _columns(examples, model.config.is_encoder_decoder)
+    by_length = sorted(range(len(columns)), key=lambda i: len(columns[i]["input_ids"]))
+    collate, was_training, losses = _collator(model, tokenizer), model.training, {}
+    model.eval()
+    with fused_lora(model):
+        for first in progress(range(0, len(columns), batch_size), description="measuring the loss"):
+            numbers = by_length[first : first + batch_size]
+            batch = collate([columns[i] for i in numbers]).to(model.device)
+            logits, labels = _where_labelled(model, batch)
+            each = F.cross_entropy(logits.float(), labels, reduction="none").cpu()
+            counts = [sum(label != IGNORED for label in columns[i]["labels"]) for i in numbers]
+            losses.update(zip(numbers, (part.numpy() for part in each.split(counts)), strict=True))
+    model.train(was_training)
+    return [losses[i] for i in range(len(columns))]
+
+
 def mean_loss(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[dict[str, list[int]]],
     batch_size: int = 8,
 ) -> float:
-    """Mean cross-entropy of the labels of `examples`, in nats a token. The model is in evaluation mode meanwhile."""
-    columns = _columns(sorted(examples, key=lambda e: len(e["input_ids"])), model.config.is_encoder_decoder)
-    collate, total, count, was_training = _collator(model, tokenizer), 0.0, 0, model.training
-    model.eval()
-    with fused_lora(model):
-        for first in progress(range(0, len(columns), batch_size), description="measuring the loss"):
-            batch = collate(columns[first : first + batch_size]).to(model.device)
-            logits, labels = _where_labelled(model, batch)
-            total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            count += len(labels)
-    model.train(was_training)
-    return total / count
+    """Mean of all `label_losses`, in nats a token."""
+    return float(np.concatenate(label_losses(model, tokenizer, examples, batch_size)).mean(dtype=np.float64))
 
 
 def label_loss(
