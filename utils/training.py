@@ -237,7 +237,7 @@ def _where_labelled(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[t
     return logits[keep], labels[keep]
 
 
-class _LikeLengths(Sampler[int]):
+class LikeLengths(Sampler[int]):
     """Indices in an order in which neighbours have like lengths, another in each epoch.
 
     transformers' own `LengthGroupedSampler` takes its order from the state of torch's generator, so that a run that goes on
@@ -268,7 +268,7 @@ class _LabelsOnly:
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset=None):
-        return _LikeLengths(self.train_dataset["input_ids"], self.args.train_batch_size, self.args.seed)
+        return LikeLengths(self.train_dataset["input_ids"], self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir)
