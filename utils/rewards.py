@@ -176,6 +176,49 @@ def train_preference_model(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def fit_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    l2: float = 1e-3,
+) -> None:
+    """Fit the output layer `model.classifier` of an encoder with as many outputs as there are labels, in place; the rest stays.
+
+    The outputs get the labels' names, in the order in which they first come. By L-BFGS, without randomness.
+    """
+    names = list(dict.fromkeys(labels))
+    if len(names) != model.config.num_labels:
+        raise DataError(
+            f"{len(names)} labels ({', '.join(names)}) for {model.config.num_labels} outputs: load it with num_labels={len(names)}."
+        )
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    rows: list[Tensor] = []
+    watch = model.classifier.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    with torch.no_grad():
+        for start in range(0, len(texts), 32):
+            batch = tokenizer(
+                list(texts[start : start + 32]),
+                padding=True,
+                truncation=True,
+                max_length=_longest(model, tokenizer),
+                return_tensors="pt",
+            )
+            model(**batch.to(model.device))
+    watch.remove()
+    features, targets = torch.cat(rows), torch.tensor([names.index(label) for label in labels], device=rows[0].device)
+    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model.classifier(features), targets)
+        loss = loss + l2 * model.classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 @torch.no_grad()
 def embed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 32
