@@ -1422,6 +1422,7 @@ def kl_terms(
             places = [i + (k - 0.5) * 0.36 for i in range(len(tokens))]
             axis.bar(places, values, 0.34, color=colour, edgecolor=BLACK, hatch=hatch, label=name)
         axis.axhline(0, color=BLACK, linewidth=0.8)
+        axis.set_ylim(top=1.3 * max(map(max, data.values())))
         axis.set_xticks(range(len(tokens)), tokens)
         axis.set_xlabel("token")
         axis.set_ylabel(ylabel)
@@ -1458,22 +1459,22 @@ def kl_estimators(
     spread: Mapping[str, Sequence[float]],
     title: str,
 ) -> Figure:
-    """Estimators of KL: histogram of their `means` over samples around `exact`; bias and spread of one sample by distance.
+    """Estimators of KL: how their `means` over samples lie around `exact`; bias and spread of one sample by distance.
 
     `bias` and `spread` are relative to the KL at each of `distances` (nats).
     """
     figure = Figure(figsize=(12.5, 3.7))
     first, second, third = figure.subplots(1, 3)
-    edges = np.linspace(min(map(min, means.values())), max(map(max, means.values())), 60)
     styles = zip(means, (BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=True)
     for name, colour, line in styles:
-        first.hist(means[name], edges, histtype="stepfilled", color=colour, alpha=0.35)
-        first.hist(means[name], edges, histtype="step", color=colour, linestyle=line, label=name)
+        values, count = np.unique(np.round(means[name], 6), return_counts=True)
+        first.plot(values, count / count.sum(), color=colour, linestyle=line, label=name)
+        first.fill_between(values, 0, count / count.sum(), color=colour, alpha=0.2)
         second.plot(distances, bias[name], color=colour, linestyle=line, linewidth=2, label=name)
         third.plot(distances, spread[name], color=colour, linestyle=line, linewidth=2, label=name)
     first.axvline(exact, color=BLACK, linestyle=":", label="exact")
     first.set_xlabel("estimate (nats a token)")
-    first.set_ylabel("number of repeats")
+    first.set_ylabel("share of the repeats")
     second.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
     second.set_ylabel("mean estimate / KL")
     third.set_ylabel("standard deviation of a sample / KL")
@@ -1550,7 +1551,7 @@ def advantages_by_lambda(advantages: Mapping[str, Sequence[float]], title: str) 
     axis.set_xlabel("token of the completion (the last one gets the score)")
     axis.set_ylabel("advantage")
     axis.set_title(textwrap.fill(title, 76), fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.3)
     figure.tight_layout()
     return figure
@@ -1586,7 +1587,7 @@ def one_token_optima(
     last.set_xlabel("PPO step")
     last.set_ylabel("objective: reward - beta KL")
     last.set_title("dotted: the best there is", fontsize=10)
-    last.legend(frameon=False, fontsize=8)
+    last.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.4))
     last.grid(alpha=0.3)
     figure.suptitle(textwrap.fill(title, 130), fontsize=10)
     figure.tight_layout()
