@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import broken_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from rouge_score import rouge_scorer
 import utils.metrics as metrics
 from utils.data import by_dialogue, load_dialogues
 from utils.lab import LabError
-from utils.metrics import ROUGE, bootstrap_interval, copied_share, rouge, rouge_text, verdict
+from utils.metrics import ROUGE, bootstrap_interval, copied_share, rouge, rouge_text, verdict, wilson_interval
 
 VOCABULARY = [
     "the",
@@ -639,6 +640,18 @@ def test_interval_is_narrower_for_more_data_and_wider_for_more_confidence():
 def test_interval_refuses_fewer_than_two_values_and_tables(values):
     with pytest.raises(LabError, match="at least two values"):
         bootstrap_interval(values)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (26, 26), (17, 26), (1, 1)])
+def test_interval_of_a_share_is_scipy_s(successes, n):
+    expected = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(successes, n) == pytest.approx(tuple(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 3), (4, 3), (0, 0)])
+def test_interval_of_a_share_refuses_counts_that_cannot_be(successes, n):
+    with pytest.raises(LabError, match=f"successes={successes} of n={n}"):
+        wilson_interval(successes, n)
 
 
 def test_verdict_follows_the_interval():

@@ -8,7 +8,15 @@ import torch
 from utils.data import DataError
 from utils.lab import LabError
 from utils.models import load_model
-from utils.rewards import CivilityJudge, PreferenceModel, bradley_terry_loss, embed, train_preference_model
+from utils.rewards import (
+    CivilityJudge,
+    ClassifierReward,
+    PreferenceModel,
+    bradley_terry_loss,
+    embed,
+    fit_classifier,
+    train_preference_model,
+)
 
 # The good texts hold "blue", the bad ones "red"; nothing else tells them apart.
 FRAMES = [
@@ -180,6 +188,70 @@ def test_unequal_or_no_pairs_are_refused(make_preference_model):
         train(make_preference_model(), ["the", "a"], ["dog", "big"], ["cat"])
     with pytest.raises(DataError, match="no pairs"):
         train_preference_model(make_preference_model(), [], [], [])
+
+
+# --- a label of a classifier as reward ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[("hate", "nothate"), ("nothate", "hate"), ("odd", "hate", "nothate")])
+def classifier_folder(request, tiny_folders, tmp_path):
+    """A tiny classifier saved with its labels' names, in different orders."""
+    torch.manual_seed(0)
+    model, tokenizer = load_model(
+        tiny_folders["bert"], dtype=torch.float32, device="cpu", num_labels=len(request.param)
+    )
+    model.config.id2label = dict(enumerate(request.param))
+    model.config.label2id = {name: number for number, name in enumerate(request.param)}
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path, request.param
+
+
+def test_a_label_is_found_by_its_name_wherever_it_stands(classifier_folder):
+    folder, names = classifier_folder
+    reward = ClassifierReward.load(folder, "nothate", batch_size=3)
+    with torch.no_grad():
+        ids = reward.tokenizer(TEXTS[1], return_tensors="pt").input_ids
+        logits = dict(zip(names, reward.model(ids).logits[0].tolist(), strict=True))
+    (score,) = reward([""], [TEXTS[1]])
+    assert len({f"{logit:.3f}" for logit in logits.values()}) == len(names)
+    assert score == pytest.approx(logits["nothate"], abs=0.02)  # bf16, where the processor has it
+
+
+def test_a_label_that_is_not_there_is_refused_with_those_that_are(classifier_folder):
+    folder, names = classifier_folder
+    with pytest.raises(LabError, match=f"label='civil' is none.*{', '.join(names)}"):
+        ClassifierReward.load(folder, "civil")
+
+
+def test_a_classifier_reads_the_prompt_only_if_asked_to(classifier_folder):
+    folder, _ = classifier_folder
+    for reads in (True, False):
+        one, other = ClassifierReward.load(folder, "hate", reads_prompt=reads)(["the cat", "a river ran"], ["dog"] * 2)
+        assert (one != other) == reads
+
+
+def test_a_fitted_classifier_knows_its_labels_and_leaves_the_encoder_alone(tiny_folders):
+    torch.manual_seed(0)
+    model, tokenizer = load_model(tiny_folders["bert"], dtype=torch.float32, device="cpu", num_labels=2)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    fit_classifier(
+        model, tokenizer, fill("red") + fill("blue"), ["hostile"] * len(FRAMES) + ["civil"] * len(FRAMES), l2=1e-6
+    )
+    assert model.config.id2label == {0: "hostile", 1: "civil"}
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    for label, word in (("civil", "blue"), ("hostile", "red")):
+        reward = ClassifierReward(model, tokenizer, label=label)
+        assert all(score > 0 for score in reward([""] * len(FRAMES), fill(word)))
+        other = "red" if word == "blue" else "blue"
+        assert all(score < 0 for score in reward([""] * len(FRAMES), fill(other)))
+
+
+def test_a_classifier_with_another_number_of_outputs_than_labels_is_refused(tiny_folders):
+    model, tokenizer = load_model(tiny_folders["bert"], device="cpu", num_labels=3)
+    with pytest.raises(DataError, match=r"2 labels \(b, a\) for 3 outputs.*num_labels=2"):
+        fit_classifier(model, tokenizer, ["the", "cat"], ["b", "a"])
 
 
 # --- embeddings and the judge ------------------------------------------------------------------------------------

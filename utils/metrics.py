@@ -216,6 +216,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def wilson_interval(successes: int, n: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Interval of a share, `successes` of `n` (Wilson 1927); `z` standard errors, 95 % by default.
+
+    For few items, and where all or none succeed: a bootstrap of equal values would have width zero. The items must be
+    independent. Raises `LabError` where `successes` is not between 0 and `n`.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise LabError(f"successes={successes} of n={n}: there must be an item, and no more successes than items.")
+    share, spread = successes / n, z**2 / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def verdict(
     name: str, values: Sequence[float] | np.ndarray, *, unit: str = "dialogues", digits: int = 3, seed: int = 0
 ) -> str:

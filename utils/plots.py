@@ -971,19 +971,21 @@ def losses_and_endings(runs: Mapping[str, tuple[Sequence[float], float]], before
 
 
 def memory_by_component(
-    panels: Mapping[str, tuple[str, Mapping[str, Mapping[str, float]]]], title: str, limits: Sequence[float] = ()
+    panels: Mapping[str, tuple[str, Mapping[str, Mapping[str, float]]]],
+    title: str,
+    limits: Sequence[float] = (),
+    components: Sequence[str] = ("weights", "gradients", "optimizer", "activations"),
 ) -> Figure:
     """Stacked bars of memory, one panel a model. `panels`: name to (unit, {bar: {component: size}}); no size is no part.
 
-    `limits` are drawn in the last panel: the memory of GPUs, in its unit.
+    `limits` are drawn in the last panel: the memory of GPUs, in its unit. `components`, four at most, are what the bars are made of.
     """
     longest = max(len(bars) for _, bars in panels.values())
     figure = Figure(figsize=(6.2 * len(panels), 1.9 + 0.42 * longest))
-    components = {"weights": BLUE, "gradients": ORANGE, "optimizer": GREEN, "activations": SKY}
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, (unit, bars)) in zip(axes, panels.items(), strict=True):
         left = np.zeros(len(bars))
-        for component, colour in components.items():
+        for component, colour in zip(components, (BLUE, ORANGE, GREEN, SKY), strict=False):
             widths = np.nan_to_num([parts.get(component, 0.0) for parts in bars.values()])
             axis.barh(range(len(bars)), widths, left=left, color=colour, edgecolor="white", label=component)
             left = left + widths
@@ -1353,3 +1355,284 @@ def show_labels(tokenizer, example: Mapping[str, Sequence[int]]) -> None:
     else:
         body = spans(inputs, [False] * len(inputs)) + "<br><b>&rarr;</b> " + spans(labels, [True] * len(labels))
     display(HTML(f'<div style="font-family:monospace;line-height:1.7">{body}</div>'))
+
+
+# --- week 3
+
+
+def ppo_loop(title: str) -> Figure:
+    """The four roles of PPO on a language model and what passes between them: trained ones orange, frozen ones white."""
+    figure = Figure(figsize=(11.5, 4.6))
+    axis = figure.subplots()
+    boxes = {
+        "prompts": (0.6, 2.0, "prompts", None),
+        "policy": (2.7, 2.0, "POLICY\nwrites, learns", ORANGE),
+        "completions": (5.0, 2.0, "completions", None),
+        "reward": (7.3, 3.3, "REWARD\nreads the text,\ngives one number", "white"),
+        "reference": (7.3, 2.0, "REFERENCE\nhow likely was\neach token before?", "white"),
+        "value": (7.3, 0.7, "VALUE\nwhat score is\nto be expected?", ORANGE),
+        "advantage": (10.3, 2.0, "advantage\nof each token", None),
+    }
+    for x, y, text, colour in boxes.values():
+        box = {"boxstyle": "round,pad=0.45", "edgecolor": BLACK, "facecolor": colour} if colour else None
+        axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box, zorder=3)
+    arrows = [
+        ((1.1, 2.0), (1.9, 2.0), "", (0, 0)),
+        ((3.5, 2.0), (4.3, 2.0), "", (0, 0)),
+        ((5.7, 2.15), (6.35, 3.1), "", (0, 0)),
+        ((5.7, 2.0), (6.3, 2.0), "", (0, 0)),
+        ((5.7, 1.85), (6.35, 0.9), "", (0, 0)),
+        ((8.2, 3.3), (10.0, 2.4), "score, on the last token", (0.35, 0.32)),
+        ((8.4, 2.0), (9.5, 2.0), "KL, each token", (0, 0.14)),
+        ((8.2, 0.7), (10.0, 1.6), "values", (0.15, -0.3)),
+    ]
+    for start, end, text, (right, up) in arrows:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": BLACK})
+        axis.text((start[0] + end[0]) / 2 + right, (start[1] + end[1]) / 2 + up, text, fontsize=8.5, ha="center")
+    back = {"arrowstyle": "-|>", "color": VERMILION, "connectionstyle": "angle,angleA=-90,angleB=0,rad=12"}
+    axis.plot([10.3, 10.3], [1.6, -0.15], color=VERMILION, linewidth=1.2)
+    axis.annotate(
+        "", (2.7, 1.5), (10.3, -0.15), arrowprops=back | {"connectionstyle": "angle,angleA=0,angleB=90,rad=12"}
+    )
+    axis.text(
+        5.6, -0.42, "update: good tokens become likelier, within the clip", color=VERMILION, fontsize=9.5, ha="center"
+    )
+    axis.set(xlim=(0, 11.2), ylim=(-0.6, 4.0))
+    axis.axis("off")
+    axis.set_title(textwrap.fill(title, 110), fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def bradley_terry_toy(
+    differences: Sequence[float],
+    shares: Sequence[float],
+    true: Sequence[float],
+    found: Mapping[str, Sequence[float]],
+    title: str,
+) -> Figure:
+    """Left, the share of comparisons won by difference of quality on the sigmoid; right, the scores found against the true ones."""
+    figure = Figure(figsize=(10, 3.8))
+    left, right = figure.subplots(1, 2)
+    x = np.linspace(-4, 4, 200)
+    left.plot(x, 1 / (1 + np.exp(-x)), color=BLACK, label="sigmoid of the difference")
+    left.plot(differences, shares, "o", color=BLUE, label="counted")
+    left.set_xlabel("difference of quality")
+    left.set_ylabel("share of comparisons won")
+    ends = [min(true) - 0.6, max(true) + 0.6]
+    right.plot(ends, ends, color=BLACK, linestyle=":", label="found = true")
+    for (name, scores), colour, mark in zip(found.items(), (ORANGE, BLUE, GREEN), ("s", "o", "^"), strict=False):
+        right.plot(true, scores, mark, color=colour, label=name)
+    right.set_xlabel("true quality")
+    right.set_ylabel("score found")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def kl_terms(
+    tokens: Sequence[str],
+    distributions: Mapping[str, Sequence[float]],
+    terms: Mapping[str, Sequence[float]],
+    title: str,
+) -> Figure:
+    """Left, two distributions over a few tokens; right, what each token adds to KL, for each direction in `terms`."""
+    figure = Figure(figsize=(10, 3.4))
+    for axis, data, ylabel in zip(
+        figure.subplots(1, 2), (distributions, terms), ("probability", "contribution to KL (nats)"), strict=True
+    ):
+        for k, ((name, values), colour, hatch) in enumerate(zip(data.items(), (BLUE, ORANGE), ("", "//"), strict=True)):
+            places = [i + (k - 0.5) * 0.36 for i in range(len(tokens))]
+            axis.bar(places, values, 0.34, color=colour, edgecolor=BLACK, hatch=hatch, label=name)
+        axis.axhline(0, color=BLACK, linewidth=0.8)
+        axis.set_ylim(top=1.3 * max(map(max, data.values())))
+        axis.set_xticks(range(len(tokens)), tokens)
+        axis.set_xlabel("token")
+        axis.set_ylabel(ylabel)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def two_directions(reference: Sequence[float], fits: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """A distribution with two peaks, and the single peaks that come nearest to it, one a panel."""
+    figure = Figure(figsize=(10, 3.2))
+    for axis, (name, fit), colour in zip(
+        figure.subplots(1, len(fits), sharey=True), fits.items(), (BLUE, VERMILION), strict=True
+    ):
+        axis.bar(range(len(reference)), reference, 1.0, color=GREY, alpha=0.6, label="reference")
+        axis.step(range(len(fit)), fit, where="mid", color=colour, linewidth=2, label="policy")
+        axis.set_xlabel("token")
+        axis.set_title(name, fontsize=10)
+        axis.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("probability")
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def kl_estimators(
+    means: Mapping[str, Sequence[float]],
+    exact: float,
+    distances: Sequence[float],
+    bias: Mapping[str, Sequence[float]],
+    spread: Mapping[str, Sequence[float]],
+    title: str,
+) -> Figure:
+    """Estimators of KL: how their `means` over samples lie around `exact`; bias and spread of one sample by distance.
+
+    `bias` and `spread` are relative to the KL at each of `distances` (nats).
+    """
+    figure = Figure(figsize=(12.5, 3.7))
+    first, second, third = figure.subplots(1, 3)
+    styles = zip(means, (BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=True)
+    for name, colour, line in styles:
+        values, count = np.unique(np.round(means[name], 6), return_counts=True)
+        first.plot(values, count / count.sum(), color=colour, linestyle=line, label=name)
+        first.fill_between(values, 0, count / count.sum(), color=colour, alpha=0.2)
+        second.plot(distances, bias[name], color=colour, linestyle=line, linewidth=2, label=name)
+        third.plot(distances, spread[name], color=colour, linestyle=line, linewidth=2, label=name)
+    first.axvline(exact, color=BLACK, linestyle=":", label="exact")
+    first.set_xlabel("estimate (nats a token)")
+    first.set_ylabel("share of the repeats")
+    second.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    second.set_ylabel("mean estimate / KL")
+    third.set_ylabel("standard deviation of a sample / KL")
+    third.set_yscale("log")
+    for axis in (second, third):
+        axis.set_xscale("log")
+        axis.set_xlabel("KL (nats a token)")
+    for axis in (first, second, third):
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 130), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def running_estimates(runs: Mapping[str, tuple[Sequence[float], float]], title: str) -> Figure:
+    """Running mean of an estimate by number of samples, with the true value of what was sampled. `runs`: name to (values, truth)."""
+    figure = Figure(figsize=(7.6, 3.8))
+    axis = figure.subplots()
+    for (name, (values, truth)), colour, line in zip(
+        runs.items(), (BLUE, VERMILION, GREEN), ("-", "--", "-."), strict=False
+    ):
+        number = np.arange(1, len(values) + 1)
+        axis.plot(number, np.cumsum(values) / number, color=colour, linestyle=line, label=name)
+        axis.axhline(truth, color=colour, linewidth=0.8, linestyle=":")
+    axis.axhline(0, color=BLACK, linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel("tokens sampled")
+    axis.set_ylabel("mean of k1 (nats a token)")
+    axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def clipping(
+    ratios: Sequence[float],
+    losses: Mapping[str, tuple[Sequence[float], Sequence[bool]]],
+    values: Sequence[float],
+    value: tuple[Sequence[float], Sequence[bool]],
+    clip_range: float,
+    title: str,
+) -> Figure:
+    """Left and middle, policy loss by ratio; right, value loss by value. Each is (loss, whether its gradient is zero)."""
+    figure = Figure(figsize=(12.5, 3.6))
+    axes = figure.subplots(1, 3)
+    panels = [(ratios, curve, name, "ratio new / old", 1.0) for name, curve in losses.items()]
+    panels.append((values, value, "value: old 0, return 2", "new value", 0.0))
+    for axis, (x, (loss, flat), name, xlabel, centre) in zip(axes, panels, strict=True):
+        loss, flat = np.asarray(loss, float), np.asarray(flat, bool)
+        axis.plot(x, loss, color=BLUE, linewidth=2, label="loss")
+        axis.plot(x, np.where(flat, loss, np.nan), color=VERMILION, linewidth=4, label="gradient 0")
+        axis.axvspan(centre - clip_range, centre + clip_range, color=GREY, alpha=0.2, label="clip range")
+        axis.set_xlabel(xlabel)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("loss of one token")
+    figure.suptitle(textwrap.fill(title, 130), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def advantages_by_lambda(advantages: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """The advantage of each token of one completion, one line for each lambda."""
+    figure = Figure(figsize=(7.2, 3.6))
+    axis = figure.subplots()
+    looks = zip((BLUE, GREEN, ORANGE, VERMILION), ("o", "^", "s", "D"), ("-", "--", "-.", ":"), strict=True)
+    for (name, values), (colour, mark, line) in zip(advantages.items(), looks, strict=False):
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, linestyle=line, label=name)
+    axis.axhline(0, color=BLACK, linewidth=0.8)
+    axis.set_xticks(range(1, len(values) + 1))
+    axis.set_xlabel("token of the completion (the last one gets the score)")
+    axis.set_ylabel("advantage")
+    axis.set_title(textwrap.fill(title, 76), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def one_token_optima(
+    words: Sequence[str],
+    reference: Sequence[float],
+    found: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    objectives: Mapping[str, tuple[Sequence[float], float]],
+    title: str,
+) -> Figure:
+    """Distributions over `words`: reference, closed-form optimum and what PPO found, one panel a coefficient; last, the objective.
+
+    `found`: name to (optimum, found); `objectives`: the same name to (objective at each step, its largest possible value).
+    """
+    figure = Figure(figsize=(3.6 * (len(found) + 1), 3.9))
+    *panels, last = figure.subplots(1, len(found) + 1)
+    places = np.arange(len(words))
+    for axis, (name, (optimum, learned)) in zip(panels, found.items(), strict=True):
+        axis.bar(places, reference, 0.8, color=GREY, alpha=0.45, label="reference")
+        axis.plot(places, optimum, "_", color=BLACK, markersize=13, markeredgewidth=2.5, label="optimum, closed form")
+        axis.plot(places, learned, "o", color=ORANGE, markeredgecolor=BLACK, label="found by PPO")
+        axis.set_xticks(places, words, rotation=60, ha="right", fontsize=8)
+        axis.set_ylim(0, 1.12 * max(max(reference), *(max(p) for pair in found.values() for p in pair)))
+        axis.set_title(name, fontsize=10)
+    panels[0].set_ylabel("probability")
+    panels[0].legend(frameon=False, fontsize=8)
+    looks = zip((BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=True)
+    for (name, (values, best)), (colour, line) in zip(objectives.items(), looks, strict=False):
+        last.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, label=name)
+        last.axhline(best, color=colour, linewidth=0.9, linestyle=":")
+    last.set_xlabel("PPO step")
+    last.set_ylabel("objective: reward - beta KL")
+    last.set_title("dotted: the best there is", fontsize=10)
+    last.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.4))
+    last.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 130), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def controller_curves(kl: Sequence[float], kl_coef: Sequence[float], target: float, due: float, title: str) -> Figure:
+    """KL by PPO step with its target, and the coefficient with the value that is due in theory, side by side."""
+    figure = Figure(figsize=(9.5, 3.4))
+    for axis, values, line, name, ylabel, colour in zip(
+        figure.subplots(1, 2), (kl, kl_coef), (target, due), ("target", "coefficient whose optimum has the target's KL"),
+        ("KL (nats a sequence)", "coefficient"), (BLUE, ORANGE), strict=True,
+    ):  # fmt: skip
+        axis.plot(range(1, len(values) + 1), values, color=colour, linewidth=2)
+        axis.axhline(line, color=BLACK, linestyle=":", label=name)
+        axis.set_xlabel("PPO step")
+        axis.set_ylabel(ylabel)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
+    figure.tight_layout()
+    return figure

@@ -1,48 +1,43 @@
-"""What PPO maximises, and what judges the result: a preference model and a civility judge, both on the small encoder.
+"""What PPO maximises, and what judges the result: a preference model or a classifier's label, and a civility judge.
 
-The two are separate on purpose: they are trained on different data, and the judge is never part of a reward.
+Reward and judge are separate on purpose: they are trained on different data, and the judge is never part of a reward.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from utils.data import DataError
 from utils.lab import LabError
-from utils.models import choose_dtype
+from utils.models import choose_dtype, load_model, resolve
 from utils.training import ProgressBar
 
 
-class PreferenceModel:
-    """A scalar score for a completion, from an encoder with one output, read with its own tokenizer.
+class _EncoderReward:
+    """One output of an encoder as the score of a completion, read with the encoder's own tokenizer.
 
-    Called as a reward: `preference_model(prompts, completions)`. With `reads_prompt` it sees prompt and completion as a
-    pair of texts, otherwise the completion alone. Scores are shifted and scaled by `mean` and `std`, which
-    `train_preference_model` sets so that completions it was trained on have mean 0 and standard deviation 1: then one KL
-    coefficient means the same for any reward.
+    Called as a reward: `reward(prompts, completions)`. With `reads_prompt` it sees prompt and completion as a pair of texts,
+    otherwise the completion alone. A score is `(logit - mean) / std`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        reads_prompt: bool = False,
-        batch_size: int = 32,
+        output: int,
+        reads_prompt: bool,
+        batch_size: int,
     ):
-        if model.config.num_labels != 1:
-            raise LabError(
-                f"A preference model has one output, this one has {model.config.num_labels} "
-                f"({', '.join(map(str, model.config.id2label.values()))}): load it with num_labels=1, or pick a label."
-            )
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.output = model.eval(), tokenizer, output
         self.reads_prompt, self.batch_size = reads_prompt, batch_size
         self.mean, self.std = 0.0, 1.0
 
@@ -61,8 +56,64 @@ class PreferenceModel:
         scores = []
         for start in range(0, len(encoded), self.batch_size):
             batch = self.tokenizer.pad({"input_ids": encoded[start : start + self.batch_size]}, return_tensors="pt")
-            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+            scores += self.model(**batch.to(self.model.device)).logits[:, self.output].float().tolist()
         return [(score - self.mean) / self.std for score in scores]
+
+
+class PreferenceModel(_EncoderReward):
+    """A scalar score for a completion, from an encoder with one output.
+
+    Scores are shifted and scaled by `mean` and `std`, which `train_preference_model` sets so that completions it was
+    trained on have mean 0 and standard deviation 1: then one KL coefficient means the same for any reward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reads_prompt: bool = False,
+        batch_size: int = 32,
+    ):
+        if model.config.num_labels != 1:
+            raise LabError(
+                f"A preference model has one output, this one has {model.config.num_labels} "
+                f"({', '.join(map(str, model.config.id2label.values()))}): load it with num_labels=1, or pick a label with "
+                "ClassifierReward."
+            )
+        super().__init__(model, tokenizer, 0, reads_prompt, batch_size)
+
+
+class ClassifierReward(_EncoderReward):
+    """The logit of one label of a text classifier, found by the label's name.
+
+    The number of a label differs from classifier to classifier, and pipelines sort by score: neither says which label a
+    number belongs to, the name in the configuration does. The logit, not the probability: that is flat where the
+    classifier is sure, so that nothing would be left to gain. Raises `LabError` where `label` is none of the
+    classifier's, with those it has.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        label: str,
+        reads_prompt: bool = False,
+        batch_size: int = 32,
+    ):
+        names = {str(name): number for number, name in model.config.id2label.items()}
+        if label not in names:
+            raise LabError(f"label={label!r} is none of the classifier's: choose one of {', '.join(names)}.")
+        super().__init__(model, tokenizer, names[label], reads_prompt, batch_size)
+        self.label = label
+
+    @classmethod
+    def load(cls, name: str | os.PathLike, label: str, **options: Any) -> ClassifierReward:
+        """The classifier `name`, a folder or a Hub id, with the labels it was saved with. Raises what `load_model` raises."""
+        folder = resolve(name)
+        labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
+        return cls(*load_model(folder, num_labels=labels), label=label, **options)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -123,6 +174,49 @@ def train_preference_model(
     scores = torch.tensor(preference_model([*prompts, *prompts], [*chosen, *rejected]))
     preference_model.mean, preference_model.std = float(scores.mean()), max(float(scores.std()), 1e-6)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fit_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    l2: float = 1e-3,
+) -> None:
+    """Fit the output layer `model.classifier` of an encoder with as many outputs as there are labels, in place; the rest stays.
+
+    The outputs get the labels' names, in the order in which they first come. By L-BFGS, without randomness.
+    """
+    names = list(dict.fromkeys(labels))
+    if len(names) != model.config.num_labels:
+        raise DataError(
+            f"{len(names)} labels ({', '.join(names)}) for {model.config.num_labels} outputs: load it with num_labels={len(names)}."
+        )
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    rows: list[Tensor] = []
+    watch = model.classifier.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    with torch.no_grad():
+        for start in range(0, len(texts), 32):
+            batch = tokenizer(
+                list(texts[start : start + 32]),
+                padding=True,
+                truncation=True,
+                max_length=_longest(model, tokenizer),
+                return_tensors="pt",
+            )
+            model(**batch.to(model.device))
+    watch.remove()
+    features, targets = torch.cat(rows), torch.tensor([names.index(label) for label in labels], device=rows[0].device)
+    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model.classifier(features), targets)
+        loss = loss + l2 * model.classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
 
 
 @torch.no_grad()
