@@ -695,3 +695,29 @@ def test_copied_share_by_hand():
     assert copied_share("a b c d x", "a b c d e", n=1) == pytest.approx(4 / 5)
     assert copied_share("a b c a b c", "a b c", n=3) == pytest.approx(2 / 4)  # a copy that repeats is still a copy
     assert copied_share("c b a", "a b c", n=3) == 0
+
+
+# --- best of n ---------------------------------------------------------------------------------------------------
+
+
+def test_best_of_n_is_the_mean_over_all_ways_to_draw():
+    draw = np.random.default_rng(0)
+    scores, measure = draw.normal(size=(3, 6)), draw.normal(size=(3, 6))
+    for n in range(1, 7):
+        by_hand = [
+            np.mean([m[max(drawn, key=lambda i, s=s: s[i])] for drawn in itertools.combinations(range(6), n)])
+            for s, m in zip(scores, measure, strict=True)
+        ]
+        chances = metrics.best_of_n_chances(scores, n)
+        assert np.allclose(chances.sum(1), 1)
+        assert np.allclose((chances * measure).sum(1), by_hand)
+
+
+def test_equal_scores_share_nothing_twice():
+    assert metrics.best_of_n_chances(np.ones((1, 4)), 4).tolist() == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_best_of_more_than_there_are_is_refused(n):
+    with pytest.raises(LabError, match=rf"n={n}.*\(2, 3\)"):
+        metrics.best_of_n_chances(np.ones((2, 3)), n)

@@ -220,6 +220,19 @@ def test_the_model_comes_back_in_evaluation_mode_and_generates(tiny, peft):
     assert len(generate(trained, tokenizer, ["the cat", "a dog ran"], max_new_tokens=3, show_progress=False)) == 2
 
 
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_copy_of_the_tuned_model_computes_with_its_own_weights(tiny, peft):
+    model, tokenizer = tiny
+    trained, _ = train(model, tokenizer, make_examples(*tiny), adapter=lora_config(model) if peft else None)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.zero_()
+    start = {"decoder_input_ids": torch.tensor([[0]])} if model.config.is_encoder_decoder else {}
+    logits = [network(torch.tensor([[5, 6, 7]]), **start).logits for network in (other, trained)]
+    assert not logits[0].any(), "the copy calls the model it was copied from"
+    assert logits[1].any()
+
+
 @pytest.mark.parametrize(("peft", "share"), [(True, 0.97), (False, 0.5)])
 def test_eight_examples_are_learned(sure, peft, share):
     """By an adapter less well: the head of a tiny model has small weights, and an adapter leaves them small."""

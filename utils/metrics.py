@@ -242,6 +242,23 @@ def verdict(
     return f"{name}: {'higher' if mean > 0 else 'lower'} ({numbers})."
 
 
+def best_of_n_chances(scores: np.ndarray, n: int) -> np.ndarray:
+    """How likely each of a pool of samples is the best of `n` drawn from it without replacement: (rows, pool), rows sum to 1.
+
+    `scores` (rows, pool): one row a prompt. The sum of chance times any measure is the expectation of that measure for best-of-n,
+    over all ways to draw: less noise than one draw. Of equal scores the one further right counts as better. Its KL from the
+    sampler is log n - (n - 1) / n nats at most, and about that where equal samples are rare (Beirami et al. 2024,
+    arXiv:2401.01879). Raises `LabError` on an `n` that the pool does not have.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
+        raise LabError(f"n={n} of scores of shape {scores.shape}: give (rows, pool) and an n from 1 to the pool.")
+    pool = scores.shape[1]
+    ranks = scores.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")  # 0 is the worst
+    by_rank = np.array([math.comb(rank, n - 1) / math.comb(pool, n) for rank in range(pool)])
+    return by_rank[ranks]
+
+
 def copied_share(prediction: str, source: str, n: int = 3) -> float:
     """Share of the prediction's word n-grams that stand in `source`: 1 is a transcript, 0 is all in new words."""
     ours = _ngrams(tokenize(prediction), n)

@@ -1636,3 +1636,77 @@ def controller_curves(kl: Sequence[float], kl_coef: Sequence[float], target: flo
     figure.suptitle(textwrap.fill(title, 110), fontsize=10)
     figure.tight_layout()
     return figure
+
+
+# --- week 3, sections 5 to 9
+
+
+def before_and_after(measures: Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]], title: str) -> Figure:
+    """One panel a measure, one point with its interval a model. `measures`: axis label to {model: (mean, (low, high))}."""
+    figure = Figure(figsize=(2.4 * len(measures), 3.4))
+    for axis, (label, models) in zip(
+        figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
+    ):
+        for place, ((colour, marker), (mean, (low, high))) in enumerate(
+            zip(GROUP_STYLES, models.values(), strict=False)
+        ):
+            errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+            axis.errorbar([place], [mean], yerr=errors, fmt=marker, color=colour, capsize=5, linewidth=2)
+            axis.annotate(f"{mean:.2f}", (place, mean), textcoords="offset points", xytext=(7, -3), fontsize=8)
+        axis.set_xticks(range(len(models)), list(models), rotation=35, ha="right", fontsize=8)
+        axis.set_xlim(-0.5, len(models) - 0.1)
+        axis.margins(y=0.15)
+        axis.set_ylabel(textwrap.fill(label, 34), fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    figure.suptitle(textwrap.fill(title, 30 * len(measures)), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def reward_against_kl(
+    runs: Mapping[str, tuple[float, float, tuple[float, float]]],
+    yardstick: Sequence[tuple[float, float]],
+    title: str,
+    kl_target: float | None = None,
+) -> Figure:
+    """What a nat of KL buys: each run's end as (KL, reward, interval of the reward), and best-of-n's points (KL, reward) as a line."""
+    figure = Figure(figsize=(7.2, 4.2))
+    axis = figure.subplots()
+    axis.plot(*zip(*yardstick, strict=True), color=GREY, marker=".", label="best of n from the SFT model")
+    styles = [*GROUP_STYLES, (SKY, "v"), (GREY, "*")]
+    for (name, (kl, reward, (low, high))), (colour, marker) in zip(runs.items(), styles, strict=False):
+        errors = [[max(0.0, reward - low)], [max(0.0, high - reward)]]
+        axis.errorbar([kl], [reward], yerr=errors, fmt=marker, color=colour, markersize=8, capsize=4, label=name)
+    if kl_target is not None:
+        axis.axvline(kl_target, color=BLACK, linestyle=":", linewidth=1, label="target")
+    axis.set_xlabel("KL from the SFT model (nats a sequence)")
+    axis.set_ylabel("reward (standard deviations)")
+    axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def failures_beside_healthy(
+    panels: Mapping[str, tuple[str, Sequence[float], Sequence[float]]], title: str, columns: int = 3
+) -> Figure:
+    """One panel a failure. `panels`: its name to (metric, values of the failing run by step, values of the healthy one)."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (name, (metric, failing, healthy)) in zip(axes, panels.items(), strict=False):
+        axis.plot(range(1, len(healthy) + 1), healthy, color=BLUE, marker=".", label="healthy")
+        axis.plot(range(1, len(failing) + 1), failing, color=VERMILION, marker="x", linestyle="--", label="failing")
+        axis.set_title(textwrap.fill(name, 40), fontsize=9)
+        axis.set_ylabel(metric, fontsize=8)
+        axis.set_xlabel("PPO step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(textwrap.fill(title, 32 * columns), fontsize=10)
+    figure.tight_layout()
+    return figure

@@ -407,3 +407,35 @@ def keep_step(trainer: PPOTrainer) -> None:
         for name, value in last.items():
             trainer.tensorboard.add_scalar(name, value, trainer.step)
         trainer.tensorboard.flush()
+
+
+# --- what the metrics mean ---------------------------------------------------------------------------------------
+
+METRICS = {
+    # name: what it is, and what a healthy run shows
+    "objective/kl": ("KL of the samples from the reference, nats a sequence (k1)", "0 at first, grows slowly, below the target"),
+    "objective/kl_coef": ("what a nat of KL costs", "fixed, or settles where KL is near its target"),
+    "objective/entropy": ("minus the log-probability of a sample, nats a sequence", "falls slowly; a fall to 0: one answer for all"),
+    "objective/scores": ("mean reward of the samples", "rises"),
+    "objective/scores_running_mean": ("the same over all steps so far", "rises, later than the scores"),
+    "objective/scores_running_std": ("standard deviation of all rewards so far", "well above 0: something to choose from"),
+    "objective/non_score_reward": ("what KL has cost a sample: minus coefficient times KL", "small beside the gain in score"),
+    "objective/rlhf_reward": ("score minus the cost of KL: what is maximised", "rises"),
+    "policy/approxkl_avg": ("how far one update moved the policy, nats a token (k2)", "0.001 to 0.05"),
+    "policy/clipfrac_avg": ("share of tokens whose ratio left the clip range", "a few per cent, not half"),
+    "policy/entropy_avg": ("entropy of the next token, nats, mean over tokens", "falls slowly"),
+    "loss/policy_avg": ("the clipped loss, mean over tokens", "near 0: advantages have mean 0; no trend to expect"),
+    "loss/value_avg": ("half the squared error of the values", "falls"),
+    "val/ratio": ("mean of new over old probability of a token", "0.95 to 1.05; exactly 1 in the first minibatch"),
+    "val/clipfrac_avg": ("share of values that were clipped", "falls; near 1: the values cannot follow the returns"),
+    "val/num_eos_tokens": ("samples that ended by themselves", "most of the batch"),
+    "val/explained_variance": ("how well the values foretell the returns; 1 is perfect", "rises from 0; negative: worse than a constant"),
+    "response/length_mean": ("tokens of a sample", "neither runs away nor collapses"),
+    "response/truncated_frac": ("share of samples cut off at the limit", "far from 1"),
+    "grad_norm": ("length of the gradient before it is cut to max_grad_norm", "same order throughout"),
+    "lr": ("learning rate of the step", "as scheduled"),
+    "optimizer_steps": ("updates so far", "steps x epochs x minibatches"),
+    "seconds/rollout": ("time to sample and to score under policy and reference", "the larger part, on a CPU"),
+    "seconds/score": ("time of the reward", "small"),
+    "seconds/update": ("time to learn", "grows with epochs"),
+}  # fmt: skip

@@ -149,7 +149,17 @@ def fine_tune(
         if checkpoints is not None:
             shutil.rmtree(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return trainer.accelerator.unwrap_model(trainer.model).eval(), losses
+    return restore_forward(trainer.accelerator.unwrap_model(trainer.model)).eval(), losses
+
+
+def restore_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """Give the transformers model in `model` its own `forward` again; return `model`.
+
+    TRL's trainers put one in its place that keeps hold of the model itself, so that a copy would go on calling the original.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    vars(inner).pop("forward", None)
+    return model
 
 
 @torch.no_grad()
