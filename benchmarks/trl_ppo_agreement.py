@@ -93,8 +93,11 @@ def ours(case: SimpleNamespace) -> dict:
     )
     trainer._optimizer_step = lambda: 0.0  # the model had no part in it
     completions = [Completion("", [0] * int(n), truncated=False) for n in case.lengths]
-    tensors = (case.logprobs, case.ref_logprobs, case.values, case.mask, case.scores)
-    rollout = Rollout([""] * rows, {}, [[0]] * rows, completions, [[list(range(rows))]], *tensors)
+    rollout = Rollout(
+        prompts=[""] * rows, columns={}, prompt_ids=[[0]] * rows, micro_batches=[[list(range(rows))]],
+        completions=completions, mask=case.mask, logprobs=case.logprobs, ref_logprobs=case.ref_logprobs,
+        values=case.values, scores=case.scores,
+    )  # fmt: skip
     metrics = trainer.update(rollout)
     names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg")
     return (
@@ -191,6 +194,7 @@ if __name__ == "__main__":
     if given.compare:
         sys.exit(compare(given.cases))
     if given.trl_python is None:
-        sys.exit(print(trl_hint()))
+        print(trl_hint())
+        sys.exit()
     command = [given.trl_python, __file__, "--compare", f"--cases={given.cases}"]
     sys.exit(subprocess.run(command, check=False).returncode)  # noqa: S603 - this very file
