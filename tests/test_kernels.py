@@ -317,7 +317,7 @@ def check_logprobs(module, dtype=torch.float32, tokens=700, temperature=0.7):
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16).to(dtype), torch.randn(50, 16).to(dtype)
     targets, grad = torch.randint(50, (tokens,)), torch.randn(tokens)
-    exact = hidden.float().requires_grad_()
+    exact = hidden.float().clone().requires_grad_()
     table = (exact @ weight.float().t() / temperature).log_softmax(-1)
     wanted = table.gather(1, targets[:, None])[:, 0]
     wanted.backward(grad)

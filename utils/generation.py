@@ -211,6 +211,7 @@ def generate(
     # Beams reorder a cache of their own, and a learned prompt stands in front of what is read.
     learned_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     reads_ahead = not (model.config.is_encoder_decoder or (config.num_beams or 1) > 1 or learned_prompt)
+    plain = config.max_new_tokens is not None and set(settings) <= {"max_new_tokens", "eos_token_id"}
     try:
         with (
             fused_lora(model),
@@ -222,8 +223,8 @@ def generate(
                 rows = by_length[first_row : first_row + batch_size]
                 batch = [encoded[i] for i in rows for _ in range(each)]
                 if reads_ahead:
-                    read = _read_batch(base, batch, tokenizer.pad_token_id, prefix, config.max_new_tokens)
-                    if set(settings) <= {"max_new_tokens", "eos_token_id"}:
+                    read = _read_batch(base, batch, tokenizer.pad_token_id, prefix, config.max_new_tokens or 0)
+                    if plain:
                         output = decode(base, read, eos_ids, config.max_new_tokens, logits=read.last[:, 0])
                     else:
                         output = _go_on(model, read, config)

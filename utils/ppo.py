@@ -204,6 +204,7 @@ class PPOTrainer:
         ppo_run.check_config(config, self.rows)
         ppo_run.check_model(model)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.head_learns = any(p.requires_grad for p in base_model(model).get_output_embeddings().parameters())
         if any("relative_attention_bias" in name for name in self.trainable):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.
             model.set_attn_implementation("eager")
@@ -290,8 +291,7 @@ class PPOTrainer:
             found += self._sample_and_score(rollout, mine[first : first + size], draws)
         with self._reference_model() as reference:
             references = [self._forward(reference, rollout, batch)[0] for batch in mine]
-        sampled = [(row, rollout.completions[row]) for batch in mine for row in batch]
-        for row, completion in self.processes.gather(sampled):
+        for row, completion in self.processes.gather([(row, rollout.completions[row]) for row in chain(*mine)]):
             rollout.completions[row] = completion
         lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
         rollout.mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -476,7 +476,7 @@ class PPOTrainer:
             else:
                 hidden = self._decoder_only(model, read, completions)[mask]
                 logits = None if type(head) is nn.Linear else head(hidden)
-        if logits is None and head.bias is None and not head.weight.requires_grad:
+        if logits is None and head.bias is None and not self.head_learns:
             chosen, entropy = token_logprobs(hidden, head.weight, targets[mask], self.config.temperature)
         else:
             if logits is None:  # in float32 a head's parameters: the weight, and the bias where there is one
