@@ -1,7 +1,6 @@
 """Generation: order, batches, where a completion ends, the fast attention, and a model's own settings."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +31,19 @@ def lively(tiny):
 
 def write(model, tokenizer, prompts=PROMPTS, **settings):
     return generate(model, tokenizer, prompts, show_progress=False, **{"max_new_tokens": 8} | settings)
+
+
+def watch(module):
+    """The shapes of the token ids that reach `module` from here on."""
+    seen = []
+
+    def look(_, positional, given):
+        ids = positional[0] if positional else given.get("input_ids")
+        if ids is not None:
+            seen.append(tuple(ids.shape))
+
+    module.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
 
 
 def reference(model, tokenizer, prompt, tokens=8):
@@ -70,7 +82,7 @@ def test_a_batch_holds_prompts_of_like_length(tiny, monkeypatch):
     monkeypatch.setattr(
         model, "generate", lambda **inputs: shapes.append(tuple(inputs["input_ids"].shape)) or original(**inputs)
     )
-    write(model, tokenizer, ["the", "the cat " * 10, "a", "the dog " * 10], batch_size=2)
+    write(model, tokenizer, ["the", "the cat " * 10, "a", "the dog " * 10], batch_size=2, do_sample=True, top_k=1)
     assert shapes == [(2, 20), (2, 1)]
 
 
@@ -85,14 +97,13 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(lively, ba
     model, tokenizer = lively
     prompts = [SHARED + prompt for prompt in PROMPTS]
     expected = [reference(model, tokenizer, prompt) for prompt in prompts for _ in range(each)]
-    seen = []  # by a hook: `generate` reads the signature of `forward` to know what the model takes
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(given.get("input_ids")), with_kwargs=True)
+    seen = watch(model.base_model)
     done = write(
         model, tokenizer, prompts, batch_size=batch_size, completions_per_prompt=each, do_sample=each > 1, top_k=1
     )
     assert [completion.token_ids for completion in done] == expected
     if not model.config.is_encoder_decoder:
-        assert sum(ids.shape[1] >= 16 for ids in seen) == 1
+        assert sum(length >= 16 for _, length in seen) == 1
 
 
 def test_a_prompt_that_another_begins_with_keeps_a_token_of_its_own(lively):
@@ -307,31 +318,95 @@ def test_a_deep_copy_of_a_cache_with_room_shares_nothing():
 def test_logits_over_a_cache_with_room_are_those_over_transformers_cache(tiny_folders, family):
     model, _ = load_model(tiny_folders[family], dtype=torch.float32, device="cpu", attn_implementation=FAST_ATTENTION)
     torch.manual_seed(0)
-    theirs, ours = DynamicCache(config=model.config), generation._roomy_cache(model)
-    assert {type(layer) for layer in ours.layers} == {RoomyLayer}
+    theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    ours.layers = [RoomyLayer() for _ in ours.layers]
     for length in (20, 1, 1, 45, 1):
         ids = torch.randint(4, 40, (3, length))
         wanted, got = (model(ids, past_key_values=cache).logits for cache in (theirs, ours))
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_that_look_back_over_a_window_stay_transformers_own():
-    config = SimpleNamespace(config=LlamaConfig(num_hidden_layers=2))
-    config.config.sliding_window = 8
-    assert {type(layer) for layer in generation._roomy_cache(config).layers} == {DynamicSlidingWindowLayer}
+def test_layers_that_look_back_over_a_window_are_not_joined(tiny_folders):
+    model, tokenizer = load_model(tiny_folders["llama"], dtype=torch.float32, device="cpu")
+    model.config.sliding_window = 8
+    assert not generation.can_join(DynamicCache(config=model.config))
+    encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    reads = [generation.read_prompts(model, [ids], tokenizer.pad_token_id) for ids in encoded]
+    assert {type(layer) for layer in generation.join(reads[:1], 4).cache.layers} == {DynamicSlidingWindowLayer}
+    with pytest.raises(ValueError, match="too many values"):
+        generation.join(reads, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", KINDS)
+def test_reads_that_are_joined_go_on_as_each_alone(tiny_folders, family):
+    """Prompts of several lengths, one of them twice, read in two parts."""
+    model, tokenizer = load_model(tiny_folders[family], dtype=torch.float32, device="cpu")
+    encoded = [encode(tokenizer, prompt) for prompt in (*PROMPTS, PROMPTS[3])]
+    reads = [generation.read_prompts(model, part, tokenizer.pad_token_id) for part in (encoded[:2], encoded[2:])]
+    assert [read.index.tolist() for read in reads] == [[0, 1], [0, 1, 1]]
+    read = generation.join(reads, room=5)
+    assert read.index.tolist() == [0, 1, 2, 3, 4]
+    if read.cache is not None:
+        assert read.cache.layers[0].keys.buffer.shape[2] == max(map(len, encoded)) + 5
+    written = generation.decode(model, read, [2], 5)
+    for ids, prompt in zip(written, (*PROMPTS, PROMPTS[3]), strict=True):
+        wanted = reference(model, tokenizer, prompt, 5)
+        assert ids[: len(wanted)] == wanted
+
+
+def test_rows_that_have_ended_are_left_out_once_they_are_half(lively):
+    model, tokenizer = lively
+    before = [completion.token_ids for completion in write(model, tokenizer)]
+    if model.config.is_encoder_decoder:
+        return  # transformers' loop
+    own = {
+        row: next((t for t in ids[:-1] if t > 3 and not any(t in before[i] for i in range(4) if i != row)), None)
+        for row, ids in enumerate(before)
+    }
+    ending = {row: token for row, token in own.items() if token is not None}
+    ending = dict([*ending.items()][:2])
+    assert len(ending) == 2
+    seen = watch(model)
+    after = [completion.token_ids for completion in write(model, tokenizer, eos_token_id=[2, *ending.values()])]
+    for row, ids in enumerate(after):
+        assert ids == (before[row][: before[row].index(ending[row]) + 1] if row in ending else before[row])
+    assert seen[-1] == (2, 1)
+
+
+def test_a_draw_gives_each_token_as_often_as_its_probability():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    draws = (torch.arange(1000) + 0.5) / 1000
+    tokens = generation._draw(probabilities.log().expand(1000, 4), draws)
+    assert tokens.bincount(minlength=4).tolist() == [500, 0, 300, 200]
+    assert generation._draw(torch.zeros(1, 4), torch.tensor([1 - 2**-24])).tolist() == [3]
+
+
+def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(lively):
+    model, tokenizer = lively
+    encoded = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    draws = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def sample(rows):
+        read = generation.join([generation.read_prompts(model, [encoded[i]], tokenizer.pad_token_id) for i in rows], 8)
+        done = generation.decode(model, read, [2], 8, temperature=2.0, draws=draws[rows])
+        return [ids[: completion_length(ids, [2])] for ids in done]
+
+    together = sample([0, 1, 2, 3])
+    assert [sample([i])[0] for i in range(4)] == together
+    assert len(set(map(tuple, together))) > 1
 
 
 def test_prompts_of_like_length_are_read_together_and_no_others(lively, monkeypatch):
     model, tokenizer = lively
     if model.config.is_encoder_decoder:
         return
-    prompts = ["the cat " * words for words in (60, 58, 30)] + ["the"]  # of one token nothing is left to read
+    prompts = ["the cat " * words for words in (60, 58, 30)] + ["the"]
     expected = [reference(model, tokenizer, prompt) for prompt in prompts]
-    seen = []
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    seen = watch(model)
     assert [c.token_ids for c in write(model, tokenizer, prompts)] == expected
-    read = [shape for shape in seen if shape != (4, 1)]
-    assert [rows for rows, _ in read] == [2, 2]
+    assert seen[:3] == [(2, 120), (1, 60), (1, 1)]
+    assert set(seen[3:]) == {(4, 1)}
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -382,7 +457,7 @@ def test_packed_weights_give_the_same_logits_to_the_bit_also_after_training():
     ids = torch.randint(0, 500, (5, 40))
     for _ in range(2):
         plain = model(ids).logits
-        with generation._packed_weights(model):
+        with generation.packed_weights(model):
             assert "forward" in vars(model.lm_head)
             assert torch.equal(model(ids).logits, plain)
         for parameter in model.parameters():
@@ -400,14 +475,14 @@ def test_packed_weights_are_gone_after_an_error(tiny_folders, monkeypatch):
 
     monkeypatch.setattr(model, "generate", fails)
     with pytest.raises(RuntimeError, match="no memory"):
-        write(model, tokenizer)
+        write(model, tokenizer, do_sample=True)
     assert during == [True]
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_weights_in_float32_are_not_packed(tiny):
     model, _ = tiny
-    with generation._packed_weights(model):
+    with generation.packed_weights(model):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -453,18 +528,16 @@ def test_settings_given_apply(lively):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_settings_and_training_mode_are_as_before_even_after_an_error(tiny, monkeypatch, training, fails):
+def test_settings_and_training_mode_are_as_before_even_after_an_error(tiny, training, fails):
     model, tokenizer = tiny
     own, during = model.generation_config, []
 
-    def spy(**inputs):
+    def spy(*_):
         during.append((model.training, model.generation_config is own))
         if fails:
             raise RuntimeError("no memory")
-        return original(**inputs)
 
-    original = model.generate
-    monkeypatch.setattr(model, "generate", spy)
+    model.register_forward_pre_hook(spy)
     model.train(training)
     if fails:
         with pytest.raises(RuntimeError, match="no memory"):

@@ -294,7 +294,7 @@ def test_broken_attention_is_noticed(search, replacement):
 @pytest.mark.parametrize(
     ("search", "replacement"),
     [
-        ("(b * scaling).to(rows.dtype)", "b.to(rows.dtype)"),
+        ("(b * scaling).to(dtype)", "b.to(dtype)"),
         ("(narrow.t() @ grad).t() * ctx.scaling", "(narrow.t() @ grad).t()"),
         ("base(rows).addmm_", "F.linear(rows, base.weight * 2, base.bias).addmm_"),
         (".addmm_(grad_narrow, narrow_a).view(", ".view("),
@@ -307,3 +307,56 @@ def test_broken_lora_is_noticed(adapted, search, replacement):
     module = broken_copy(kernels, search, replacement)
     with pytest.raises((AssertionError, RuntimeError)):
         check_lora(module, copy.deepcopy(adapted()))
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def check_logprobs(module, dtype=torch.float32, tokens=700, temperature=0.7):
+    """Log-probabilities, entropy and gradient of `module.token_logprobs` beside those of plain torch in float32."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    targets, grad = torch.randint(50, (tokens,)), torch.randn(tokens)
+    exact = hidden.float().clone().requires_grad_()
+    table = (exact @ weight.float().t() / temperature).log_softmax(-1)
+    wanted = table.gather(1, targets[:, None])[:, 0]
+    wanted.backward(grad)
+    hidden.requires_grad_()
+    logprobs, entropy = module.token_logprobs(hidden, weight, targets, temperature)
+    logprobs.backward(grad)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1), atol=1e-5, rtol=1e-5)
+    assert hidden.grad.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (hidden.grad.float() - exact.grad).norm() < tolerance * exact.grad.norm()
+    with torch.no_grad():
+        assert torch.equal(module.token_logprobs(hidden, weight, targets, temperature)[0], logprobs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_of_tokens_are_those_of_a_table(dtype):
+    check_logprobs(kernels, dtype)
+
+
+def test_a_token_of_hardly_any_probability_has_a_finite_logarithm():
+    logprobs, entropy = kernels.token_logprobs(torch.ones(1, 1), torch.tensor([[0.0], [-300.0]]), torch.tensor([1]))
+    assert float(logprobs) == -300
+    assert float(entropy) == 0
+
+
+@pytest.mark.parametrize(
+    ("search", "replacement"),
+    [
+        (".div_(temperature)", ""),
+        ("grad[:, None] / ctx.temperature", "grad[:, None]"),
+        ("weight[targets[part]] - probabilities", "weight[targets[part]] + probabilities"),
+        ("normaliser - logits.mul_", "normaliser + logits.mul_"),
+        ("largest - probabilities", "largest + probabilities"),
+        ("targets[part, None])[:, 0] - normaliser", "targets[: len(logits), None])[:, 0] - normaliser"),
+    ],
+)
+def test_broken_log_probabilities_are_noticed(search, replacement):
+    module = broken_copy(kernels, search, replacement)
+    with pytest.raises(AssertionError):
+        check_logprobs(module)

@@ -185,9 +185,10 @@ def test_a_row_alone_and_in_a_padded_batch_has_the_same_logprobs(tiny):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logprobs_are_those_of_the_model_itself(tiny, temperature):
+@pytest.mark.parametrize("peft", [True, False])
+def test_logprobs_are_those_of_the_model_itself(tiny, temperature, peft):
     """Against transformers' own forward pass over one unpadded row, T5's first token included."""
-    trainer = make_trainer(*tiny, peft=False, temperature=temperature)
+    trainer = make_trainer(*tiny, peft=peft, temperature=temperature)
     rollout = trainer.rollout(PROMPTS)
     for row in range(4):
         prompt, answer = rollout.prompt_ids[row], rollout.completions[row].token_ids

@@ -1,4 +1,5 @@
-"""What makes training and scoring on a CPU fast: attention by plain matrix products, and LoRA as one step of the graph.
+"""What makes training and scoring on a CPU fast: attention by plain matrix products, LoRA as one step of the graph, and
+log-probabilities without a table of the vocabulary.
 
 `FAST_ATTENTION` is the name under which transformers finds the attention (`attn_implementation`); `load_model` sets it for
 decoders. Elsewhere than on a CPU, in other dtypes than bfloat16, with dropout or an additive mask it is
@@ -22,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 FAST_ATTENTION = "sdpa_fast_cpu"
 QUERIES = 128  # a part's scores stay in the processor's cache
+AT_ONCE = 256  # tokens: one table of float32 for the embedded model's vocabulary has 50 MB
 
 
 def fast_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
@@ -133,7 +135,7 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in vars(m) and _is_plain(m)]
     for layer in layers:
-        layer.forward = partial(_lora_forward, layer)
+        layer.forward = partial(_lora_forward, layer, {})
     try:
         yield
     finally:
@@ -156,10 +158,27 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _lora_forward(layer: LoraLinear, inputs: Tensor) -> Tensor:
+def _lora_forward(layer: LoraLinear, kept: dict, inputs: Tensor) -> Tensor:
+    """`kept` is where the factors wait, in the dtype of the products, for the next pass without gradients."""
     base, name = layer.base_layer, layer.active_adapters[0]
-    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return LoraProduct.apply(inputs.to(base.weight.dtype), base, *factors, layer.scaling[name])
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if torch.is_grad_enabled():
+        return LoraProduct.apply(inputs.to(base.weight.dtype), base, a, b, layer.scaling[name])
+    version = a._version, b._version
+    if kept.get("version") != version:
+        kept.update(version=version, factors=_factors(a, b, layer.scaling[name], base.weight.dtype))
+    rows = inputs.to(base.weight.dtype).reshape(-1, inputs.shape[-1])
+    return _product(rows, base, *kept["factors"])[0].view(*inputs.shape[:-1], -1)
+
+
+def _factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return a.to(dtype), (b * scaling).to(dtype)
+
+
+def _product(rows: Tensor, base: nn.Linear, narrow_a: Tensor, scaled_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output and the narrow x A'."""
+    narrow = rows @ narrow_a.t()
+    return base(rows).addmm_(narrow, scaled_b.t()), narrow
 
 
 class LoraProduct(torch.autograd.Function):
@@ -173,9 +192,8 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        narrow_a, scaled_b = a.to(rows.dtype), (b * scaling).to(rows.dtype)
-        narrow = rows @ narrow_a.t()
-        output = base(rows).addmm_(narrow, scaled_b.t())
+        narrow_a, scaled_b = _factors(a, b, scaling, rows.dtype)
+        output, narrow = _product(rows, base, narrow_a, scaled_b)
         ctx.save_for_backward(rows, base.weight, narrow_a, scaled_b, narrow)
         ctx.scaling = scaling
         return output.view(*inputs.shape[:-1], -1)
@@ -190,3 +208,51 @@ class LoraProduct(torch.autograd.Function):
             grad_inputs = (grad @ weight).addmm_(grad_narrow, narrow_a).view(*shape[:-1], -1)
         # narrow' grad and not grad' narrow: half the time for the same numbers, turned round
         return grad_inputs, None, grad_narrow.t() @ rows, (narrow.t() @ grad).t() * ctx.scaling, None
+
+
+# --- log-probabilities of tokens ---------------------------------------------------------------------------------
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, softmax(hidden weight' / temperature), in nats.
+
+    hidden (tokens, width) and weight (vocabulary, width), of one dtype, targets (tokens,) int64; both results are float32,
+    (tokens,). The gradient is that of the log-probabilities for `hidden` alone. No table (tokens, vocabulary) outlives the
+    call, and `AT_ONCE` tokens of one are all there is at a time.
+    """
+    return TokenLogprobs.apply(hidden, weight, targets, temperature)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`.
+
+    A token's log-probability depends on its own hidden state alone, and its derivative is the chosen row of the weight less
+    the mean of all rows under the softmax. It is computed while the probabilities are there, and kept in their place.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        exact_weight = weight.float()
+        for start in range(0, len(hidden), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            logits = F.linear(hidden[part].float(), exact_weight).div_(temperature)
+            probabilities = logits.softmax(
+                1
+            )  # one pass over the table, where a logarithm of a sum of exponentials takes four
+            largest, where = logits.max(1)
+            normaliser = largest - probabilities.gather(1, where[:, None])[:, 0].log()
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser
+            entropy[part] = normaliser - logits.mul_(probabilities).sum(1)
+            if derivative is not None:
+                derivative[part] = weight[targets[part]] - probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(derivative)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return (grad[:, None] / ctx.temperature * derivative).to(derivative.dtype), None, None, None

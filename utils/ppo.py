@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
-from utils import ppo_run
-from utils.generation import Completion, base_model, generate, pad_left, pad_right
+from utils import generation, ppo_run
+from utils.generation import Completion, Read, base_model, pad_right
+from utils.kernels import fused_lora, token_logprobs
 from utils.lab import progress
 from utils.ppo_run import PPOConfig, PPOError, RunningMoments
 from utils.prompts import encode
@@ -150,17 +152,20 @@ LOGGED = (
 
 @dataclass
 class Rollout:
-    """Completions of a batch of prompts, and what the policy thought of them. Tensors are (rows, longest completion)."""
+    """Completions of a batch of prompts, and what the policy thought of them. Tensors are (rows, longest completion).
+
+    `PPOTrainer.rollout` fills it in from the top to the bottom.
+    """
 
     prompts: list[Prompt]
     columns: dict[str, list]
     prompt_ids: list[list[int]]
-    completions: list[Completion]
     micro_batches: list[list[list[int]]]  # minibatches of micro-batches of row numbers
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    mask: Tensor
+    completions: list[Completion]
+    mask: Tensor | None = None
+    logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
     scores: Tensor | None = None
 
     @property
@@ -199,6 +204,7 @@ class PPOTrainer:
         ppo_run.check_config(config, self.rows)
         ppo_run.check_model(model)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.head_learns = any(p.requires_grad for p in base_model(model).get_output_embeddings().parameters())
         if any("relative_attention_bias" in name for name in self.trainable):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.
             model.set_attn_implementation("eager")
@@ -267,27 +273,32 @@ class PPOTrainer:
         The `num_completions` of one prompt are consecutive rows.
         """
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
-        seed = self.processes.from_main(int(torch.randint(2**40, ())))
-        completions = self._sample([row["prompt"] for row in rows], seed)
         rows = [row for row in rows for _ in range(self.config.num_completions)]
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         prompt_ids = [encode(self.tokenizer, prompt) for prompt in prompts]
-        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape)
-        rollout = Rollout(prompts, columns, prompt_ids, completions, [], logprobs, ref_logprobs, values, mask)
-        rollout.micro_batches = self._minibatches(rollout, seed)
+        # What is drawn follows from one seed, whichever process draws it.
+        random = torch.Generator().manual_seed(self.processes.from_main(int(torch.randint(2**40, ()))))
+        rollout = Rollout(prompts, columns, prompt_ids, self._minibatches(prompt_ids, random), [])
+        draws = torch.rand(len(rows), self.config.max_new_tokens, generator=random)
         mine = [batch for minibatch in rollout.micro_batches for batch in self.processes.share(minibatch)]
-        for batch in mine:
-            new_logprobs, new_values, _ = self._forward(self.model, rollout, batch)
-            _store(logprobs, batch, new_logprobs)
-            _store(values, batch, new_values)
+        rollout.completions = [None] * len(rows)
+        # Layers that look back over a window take no padding later: then only a micro-batch is sampled together.
+        joinable = generation.can_join(DynamicCache(config=base_model(self.model).config))
+        size = max(1, self.config.rollout_batch_size // len(mine[0])) if joinable and mine else 1
+        found = []
+        for first in range(0, len(mine), size):
+            found += self._sample_and_score(rollout, mine[first : first + size], draws)
         with self._reference_model() as reference:
-            for batch in mine:
-                _store(ref_logprobs, batch, self._forward(reference, rollout, batch)[0])
-        for tensor in (logprobs, ref_logprobs, values):  # zero where another process had the row
-            tensor.copy_(self.processes.sum(tensor))
+            references = [self._forward(reference, rollout, batch)[0] for batch in mine]
+        for row, completion in self.processes.gather([(row, rollout.completions[row]) for row in chain(*mine)]):
+            rollout.completions[row] = completion
+        lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
+        rollout.mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        tensors = torch.zeros(3, *rollout.mask.shape)  # and zero they stay where another process has the row
+        for batch, (logprobs, values), ref_logprobs in zip(mine, found, references, strict=True):
+            tensors[:, batch, : values.shape[1]] = torch.stack([logprobs, ref_logprobs, values]).cpu()
+        rollout.logprobs, rollout.ref_logprobs, rollout.values = self.processes.sum(tensors)
         return rollout
 
     def score(self, rollout: Rollout) -> Tensor:
@@ -383,26 +394,22 @@ class PPOTrainer:
         seconds = {f"seconds/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))}
         return metrics | seconds
 
-    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
-        """Completions of each prompt. Each slice of prompts has a seed of its own, so any process may sample any slice."""
-        size = max(1, self.config.rollout_batch_size // self.config.num_completions)
-        sampled = []
-        for number, first in self.processes.share([*enumerate(range(0, len(prompts), size))]):
-            torch.manual_seed(seed + number)
-            part = generate(
-                self.model,
-                self.tokenizer,
-                prompts[first : first + size],
-                batch_size=size,
-                completions_per_prompt=self.config.num_completions,
-                show_progress=False,
-                do_sample=True,
-                temperature=self.config.temperature,
-                max_new_tokens=self.config.max_new_tokens,
-                **(self.config.generation_kwargs or {}),
-            )
-            sampled.append((number, part))
-        return [completion for _, part in sorted(self.processes.gather(sampled)) for completion in part]
+    def _sample_and_score(self, rollout: Rollout, batches: list[list[int]], draws: Tensor) -> list[tuple]:
+        """Sample completions of some micro-batches, together; log-probabilities and values of each. Prompts are read once."""
+        reads = [self._read(self.model, rollout, batch) for batch in batches]
+        self._sample(rollout, [*chain(*batches)], reads, draws)
+        return [self._forward(self.model, rollout, *each)[:2] for each in zip(batches, reads, strict=True)]
+
+    def _sample(self, rollout: Rollout, rows: list[int], reads: list[Read], draws: Tensor) -> None:
+        """Sample a completion for each of `rows`. `draws` (all rows, tokens) are uniform on [0, 1): one decides a token."""
+        base, config = base_model(self.model), self.config
+        eos_ids = generation.eos_token_ids(generation.generation_config(self.model, self.tokenizer))
+        with fused_lora(self.model), generation.packed_weights(self.model):
+            read = generation.join(reads, room=config.max_new_tokens)
+            chances = dict(temperature=config.temperature, draws=draws[rows].to(base.device))
+            sampled = generation.decode(base, read, eos_ids, config.max_new_tokens, **chances)
+        for row, token_ids in zip(rows, sampled, strict=True):
+            rollout.completions[row] = generation.completion(self.tokenizer, token_ids, eos_ids)
 
     def _backward(
         self, rollout: Rollout, rows: list[int], advantages: Tensor, returns: Tensor, minibatch_tokens: int
@@ -445,71 +452,73 @@ class PPOTrainer:
 
     # --- the forward pass that old, new and reference log-probabilities share ---
 
-    def _forward(self, model: nn.Module, rollout: Rollout, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability, value and entropy of every completion token of `rows`, each (rows, longest of them), fp32."""
-        completions = [rollout.completions[i].token_ids for i in rows]
-        targets, _ = pad_right(completions, self.tokenizer.pad_token_id, model.device)
-        mask = rollout.mask[rows][:, : targets.shape[1]].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            if model.config.is_encoder_decoder:
-                hidden, logits = self._encoder_decoder(model, [rollout.prompt_ids[i] for i in rows], targets)
-                logits = logits[mask]
-            else:
-                hidden = self._decoder_only(model, [rollout.prompt_ids[i] for i in rows], completions)
-                head = base_model(model).get_output_embeddings()
-                logits = None if type(head) is nn.Linear else head(hidden[mask])
-        if logits is None:
-            logits = F.linear(
-                hidden[mask].float(), head.weight.float(), None if head.bias is None else head.bias.float()
-            )
-        logprobs = (logits.float() / self.config.temperature).log_softmax(-1)  # (tokens, vocabulary): none for padding
-        chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        values = self.value_head(hidden[mask].float())[:, 0]
-        return tuple(
-            torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat) for flat in (chosen, values, entropy)
-        )
+    def _read(self, model: nn.Module, rollout: Rollout, rows: list[int]) -> Read:
+        """The prompts of `rows`, each read once for all its completions that follow each other."""
+        prompts = [rollout.prompt_ids[i] for i in rows]
+        with self._precision(model):
+            return generation.read_prompts(base_model(model), prompts, self.tokenizer.pad_token_id)
 
-    def _decoder_only(self, model, prompt_ids, completions) -> Tensor:
+    def _forward(
+        self, model: nn.Module, rollout: Rollout, rows: list[int], read: Read | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability, value and entropy of every completion token of `rows`, each (rows, longest of them), fp32.
+
+        `read` is what this very model has made of the prompts, where that is known.
+        """
+        completions = [rollout.completions[i].token_ids for i in rows]
+        targets, mask = pad_right(completions, self.tokenizer.pad_token_id, model.device)
+        mask = mask.bool()
+        read = self._read(model, rollout, rows) if read is None else read
+        head = base_model(model).get_output_embeddings()
+        with self._precision(model):
+            if model.config.is_encoder_decoder:
+                hidden, logits = (tensor[mask] for tensor in self._encoder_decoder(model, read, targets))
+            else:
+                hidden = self._decoder_only(model, read, completions)[mask]
+                logits = None if type(head) is nn.Linear else head(hidden)
+        if logits is None and head.bias is None and not self.head_learns:
+            chosen, entropy = token_logprobs(hidden, head.weight, targets[mask], self.config.temperature)
+        else:
+            if logits is None:  # in float32 a head's parameters: the weight, and the bias where there is one
+                logits = F.linear(hidden.float(), *(parameter.float() for parameter in head.parameters()))
+            logprobs = (logits.float() / self.config.temperature).log_softmax(-1)  # (tokens, vocabulary), no padding
+            chosen = logprobs.gather(-1, targets[mask][:, None])[:, 0]
+            entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        found = chosen, self.value_head(hidden.float())[:, 0], entropy
+        return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat) for flat in found)
+
+    @contextmanager
+    def _precision(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile products are in the weights' format, those of LoRA, too."""
+        bfloat16 = model.dtype == torch.bfloat16
+        with fused_lora(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            yield
+
+    def _decoder_only(self, model: nn.Module, read: Read, completions: list[list[int]]) -> Tensor:
         """Hidden states (rows, completion, hidden) from which each completion token is predicted.
 
-        Each prompt goes through the model once; its keys and values then serve all its completions. Prompts are padded on
-        the left, completions on the right, so all completions begin in the same column; position ids count real tokens.
+        A prompt's keys and values serve all its completions. These are padded on the right and all begin in the same column;
+        position ids count real tokens.
         """
-        unique = [ids for i, ids in enumerate(prompt_ids) if i == 0 or ids != prompt_ids[i - 1]]
-        row = -1
-        index = [row := row + (i == 0 or ids != prompt_ids[i - 1]) for i, ids in enumerate(prompt_ids)]
-        prompts, prompt_mask = pad_left(unique, self.tokenizer.pad_token_id, model.device)
-        read = _trunk(model)(
-            input_ids=prompts,
-            attention_mask=prompt_mask,
-            position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=DynamicCache(config=base_model(model).config),
-        )
-        index = torch.tensor(index, device=model.device)
-        last = read.last_hidden_state[index, -1:]
+        trunk, last, prompt_mask = base_model(model).base_model, read.last[read.index], read.mask[read.index]
         # the last token of a completion predicts nothing
         answers, answer_mask = pad_right([ids[:-1] for ids in completions], self.tokenizer.pad_token_id, model.device)
         if answers.shape[1] == 0:
             return last
-        positions = torch.arange(answers.shape[1], device=model.device)
-        cache = read.past_key_values
-        cache.batch_select_indices(index)
-        hidden = _trunk(model)(
+        hidden = trunk(
             input_ids=answers,
-            attention_mask=torch.cat([prompt_mask[index], answer_mask], 1),
-            position_ids=prompt_mask[index].sum(1, keepdim=True) + positions,
-            past_key_values=cache,
+            attention_mask=torch.cat([prompt_mask, answer_mask], 1),
+            position_ids=prompt_mask.sum(1, keepdim=True) + torch.arange(answers.shape[1], device=model.device),
+            past_key_values=generation.select_rows(read.cache, read.index),
         ).last_hidden_state
         return torch.cat([last, hidden], 1)
 
-    def _encoder_decoder(self, model, prompt_ids, targets) -> tuple[Tensor, Tensor]:
+    def _encoder_decoder(self, model: nn.Module, read: Read, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Decoder hidden states and logits, (rows, completion, ...). The first generated token is predicted from the start token."""
-        inputs, attention_mask = pad_right(prompt_ids, self.tokenizer.pad_token_id, model.device)
         start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
         output = model(
-            input_ids=inputs,
-            attention_mask=attention_mask,
+            encoder_outputs=BaseModelOutput(read.last[read.index]),
+            attention_mask=read.mask[read.index],
             decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
             output_hidden_states=True,
             use_cache=False,
@@ -550,15 +559,14 @@ class PPOTrainer:
             rows.append(self.rows[torch.randperm(len(self.rows), generator=generator)[index]])
         return rows
 
-    def _minibatches(self, rollout: Rollout, seed: int) -> list[list[list[int]]]:
+    def _minibatches(self, prompt_ids: list[list[int]], random: torch.Generator) -> list[list[list[int]]]:
         """Random minibatches, each cut into micro-batches of like length. Completions of one prompt stay together."""
         group = self.config.num_completions
         size, micro = self.config.minibatch_size // group, max(1, self.config.micro_batch_size // group)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rollout.prompts) // group, generator=generator).tolist()
+        order = torch.randperm(len(prompt_ids) // group, generator=random).tolist()
         minibatches = []
         for start in range(0, len(order), size):
-            prompts = sorted(order[start : start + size], key=lambda p: len(rollout.prompt_ids[p * group]))
+            prompts = sorted(order[start : start + size], key=lambda p: len(prompt_ids[p * group]))
             rows = [[p * group + k for k in range(group)] for p in prompts]
             minibatches.append([[*chain(*rows[i : i + micro])] for i in range(0, len(rows), micro)])
         return minibatches
@@ -573,14 +581,6 @@ class PPOTrainer:
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-def _trunk(model: nn.Module) -> nn.Module:
-    return base_model(model).base_model
-
-
-def _store(target: Tensor, rows: list[int], values: Tensor) -> None:
-    target[rows, : values.shape[1]] = values.detach().float().cpu()
 
 
 def _last_text(prompt: Prompt) -> str:
