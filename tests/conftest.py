@@ -137,6 +137,19 @@ def tiny_folders(tmp_path_factory):
     return folders
 
 
+def save_classifier(encoder_folder, folder, labels):
+    """A tiny classifier of texts with random weights, saved in `folder` with its labels' names; returns `folder`."""
+    from utils.models import load_model
+
+    torch.manual_seed(0)
+    model, tokenizer = load_model(encoder_folder, dtype=torch.float32, device="cpu", num_labels=len(labels))
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: number for number, name in enumerate(labels)}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=["llama", "gpt2", "t5"])
 def tiny(request, tiny_folders):
     """A tiny generating model and its tokenizer, in fp32, fresh for each test."""

@@ -7,7 +7,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, save_classifier
 
 from utils import batch
 
@@ -15,7 +15,7 @@ NAMES = {
     "week1": {"rouge1_zero_shot", "rouge1_few_shot", "rouge1_few_shot_gain", "entropy_true", "entropy_fit", "heldout_loss_error"},
     "week2": {"rouge1_base", "rouge1_lora", "rouge1_full", "rouge1_gain"},
     "week3": {"kl_first_rollout", "kl_final", "reward_accuracy", "hostile_share_sft", "hostile_share_ppo", "rouge1_sft",
-              "rouge1_ppo", "reward_gain", "hostile_change"},
+              "rouge1_ppo", "reward_gain", "hostile_change", "shuffled_reward_gain"},
 }  # fmt: skip
 
 
@@ -84,10 +84,15 @@ def test_nbval_agrees_and_the_same_seed_gives_the_same_metrics(smoke):
 
 
 def test_an_encoder_decoder_goes_through_all_three_weeks(tiny_folders, tmp_path):
-    run("utils.batch", "--profile", "smoke", "--output", tmp_path, "-p", "MODEL", tiny_folders["t5"])
+    """As under the profile `course`: the reward of week 3 is a classifier's label."""
+    given = ["--profile", "smoke", "--output", tmp_path / "labs", "-p", "MODEL", tiny_folders["t5"]]
+    classifier = save_classifier(tiny_folders["bert"], tmp_path / "classifier", ("nothate", "hate"))
+    run("utils.batch", "week1", "week2", *given)
+    run("utils.batch", "week3", *given, "-p", "REWARD", classifier)
     for week in batch.WEEKS:
-        assert NAMES[week] <= {*results_of(tmp_path, week)["metrics"], *results_of(tmp_path, week)["intervals"]}
-    assert results_of(tmp_path, "week3")["metrics"]["kl_first_rollout"] == 0.0
+        results = results_of(tmp_path / "labs", week)
+        assert NAMES[week] <= {*results["metrics"], *results["intervals"]}
+    assert results_of(tmp_path / "labs", "week3")["metrics"]["kl_first_rollout"] == 0.0
 
 
 @pytest.mark.parametrize(

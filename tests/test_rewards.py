@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import save_classifier
 
 from utils.data import DataError
 from utils.lab import LabError
@@ -196,15 +197,7 @@ def test_unequal_or_no_pairs_are_refused(make_preference_model):
 @pytest.fixture(params=[("hate", "nothate"), ("nothate", "hate"), ("odd", "hate", "nothate")])
 def classifier_folder(request, tiny_folders, tmp_path):
     """A tiny classifier saved with its labels' names, in different orders."""
-    torch.manual_seed(0)
-    model, tokenizer = load_model(
-        tiny_folders["bert"], dtype=torch.float32, device="cpu", num_labels=len(request.param)
-    )
-    model.config.id2label = dict(enumerate(request.param))
-    model.config.label2id = {name: number for number, name in enumerate(request.param)}
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return tmp_path, request.param
+    return save_classifier(tiny_folders["bert"], tmp_path, request.param), request.param
 
 
 def test_a_label_is_found_by_its_name_wherever_it_stands(classifier_folder):
