@@ -28,6 +28,7 @@ def answer(tokenizer, text, *, ended=True):
     return Completion(text, ids, truncated=not ended)
 
 
+@torch.no_grad()
 def margin(model, tokenizer, pairs):
     """How much likelier a token of the chosen completions is than one of the rejected, in nats, the mean over pairs."""
     losses = []
@@ -40,11 +41,13 @@ def margin(model, tokenizer, pairs):
     return sum(losses[1::2]) / len(pairs) - sum(losses[::2]) / len(pairs)
 
 
-def red_share(prompts, completions):
-    return [text.split().count("red") / max(1, len(text.split())) for text in completions]
+def word_share(prompts, completions):
+    """Share of words of more than one letter: about half of what the tiny model writes at random."""
+    words = [text.split() for text in completions]
+    return [sum(len(word) > 1 for word in each) / max(1, len(each)) for each in words]
 
 
-def rloo(model, tokenizer, reward=red_share, prompts=QUESTIONS, **settings):
+def rloo(model, tokenizer, reward=word_share, prompts=QUESTIONS, **settings):
     settings = {
         "num_completions": 4, "batch_size": 16, "minibatch_size": 8, "micro_batch_size": 4, "max_new_tokens": 6, "beta": 0.0,
         "learning_rate": 2e-2,
@@ -102,7 +105,7 @@ def test_rloo_raises_the_reward(llama):
     def mean_reward(network):
         set_seed(5)
         texts = [c.text for c in generate(network, tokenizer, QUESTIONS, **sampling)]
-        return sum(red_share(None, texts)) / len(texts)
+        return sum(word_share(None, texts)) / len(texts)
 
     before = mean_reward(model)
     tuned = rloo(model, tokenizer, prompts=8 * QUESTIONS)
@@ -116,7 +119,7 @@ def test_rloo_samples_each_prompt_once_and_shows_the_reward_what_was_asked(llama
     def reward(prompts, completions):
         assert len(prompts) == len(completions)
         asked.extend(prompts)
-        return red_share(prompts, completions)
+        return word_share(prompts, completions)
 
     rloo(model, tokenizer, reward, epochs=3)
     wanted = [question[-1]["content"] for question in QUESTIONS for _ in range(4)]

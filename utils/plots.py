@@ -1652,7 +1652,7 @@ def before_and_after(measures: Mapping[str, Mapping[str, tuple[float, tuple[floa
         ):
             errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
             axis.errorbar([place], [mean], yerr=errors, fmt=marker, color=colour, capsize=5, linewidth=2)
-            axis.annotate(f"{mean:.2f}", (place, mean), textcoords="offset points", xytext=(7, -3), fontsize=8)
+            axis.annotate(f"{mean:.3g}", (place, mean), textcoords="offset points", xytext=(7, -3), fontsize=8)
         axis.set_xticks(range(len(models)), list(models), rotation=35, ha="right", fontsize=8)
         axis.set_xlim(-0.5, len(models) - 0.1)
         axis.margins(y=0.15)
