@@ -93,6 +93,7 @@ def test_an_encoder_decoder_goes_through_all_three_weeks(tiny_folders, tmp_path)
         results = results_of(tmp_path / "labs", week)
         assert NAMES[week] <= {*results["metrics"], *results["intervals"]}
     assert results_of(tmp_path / "labs", "week3")["metrics"]["kl_first_rollout"] == 0.0
+    assert "The reward is the label 'nothate' of" in (tmp_path / "labs" / "week3" / "lab.ipynb").read_text()
 
 
 @pytest.mark.parametrize(
