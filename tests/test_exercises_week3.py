@@ -133,7 +133,7 @@ WRONG_TOKEN_REWARDS = {
     "That is k3": rewards_with(price=k3),
     "absolute value": rewards_with(price=lambda p, q: (p - q).abs()),
     "no price of KL": rewards_with(price=lambda p, q: torch.zeros_like(p)),
-    "differ from -kl_coef times": rewards_with(price=lambda p, q: 2 * (p - q)),
+    "differ from -kl_coef times": rewards_with(price=lambda p, q: 3 * (p - q)),
     "replaces the price": lambda s, p, q, m, b: rewards_with(join="replace" if s.any() else "add")(s, p, q, m, b),
     "scales the score as well": lambda s, p, q, m, b: token_rewards(s * (b or 1), p, q, m, b),
     "together your rewards are off": lambda s, p, q, m, b: token_rewards(s * (1 + b), p, q, m, b),
@@ -453,10 +453,6 @@ def eleven(dialogues, before, after, judge, samples):
     return change(dialogues[:11], before, after, judge, samples)
 
 
-def drawn_dialogues(dialogues, before, after, judge, samples):
-    return change(random.sample(dialogues, 30), before, after, judge, samples)
-
-
 def unseeded(dialogues, before, after, judge, samples):
     seeds = random.sample(range(10_000), samples)
     old, new = (judged(dialogues, write, judge, seeds).mean(1) for write in (before, after))
@@ -501,7 +497,7 @@ def change_of(alter):
 
 WRONG_CHANGES = {
     "Two calls gave two results": unseeded,
-    "chooses? seeds instead|only 11 are written about": eleven,
+    "only 11 are written about": eleven,
     "give every sample a seed of its own": one_seed,
     "no whole number": fractional_seed,
     "wrong sign": change_of(lambda mean, low, high: (-mean, (-high, -low))),
@@ -620,7 +616,7 @@ BROKEN_CHECKS = [
     ("sum from the start", "for k in range(t, n)) for t in range(n)]])", "for k in range(n)) for t in range(n)]])", "gae"),
     ("padding may leak", "torch.allclose(advantages[i, :n], row, atol=1e-4)", "True", "gae"),
     ("a case of the clip", "(0.5, -1.0, 0.8)]", "(0.5, -1.0, 0.5)]", "clipped loss"),
-    ("any gradient", "gradient is None or abs(gradient - expected) < 1e-4", "True", "clipped loss"),
+    ("any gradient", "abs(gradient - expected) < 1e-4", "True", "clipped loss"),
     ("scores that are not sorted", "key=lambda entry: -float(entry[\"score\"])", "key=lambda entry: str(entry[\"label\"])", "flaw, label"),
     ("the reference may move", "torch.allclose(theirs, sft, atol=1e-4),\n        \"When the policy is trained the reference moves", "True,\n        \"When the policy is trained the reference moves", "flaw, reference"),
     ("a reference of the base passes", "not same[\"base\"][1],", "True,", "flaw, reference"),

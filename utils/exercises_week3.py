@@ -344,14 +344,14 @@ def check_clipped_loss(answer: Callable[[Tensor, Tensor, Tensor, Tensor, float],
     for ratio, advantage, expected in ((1.5, 1.0, 0.0), (1.5, -1.0, 1.5)):
         logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
         loss = call(answer, logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), one, 0.2, shape=())
-        gradient = torch.autograd.grad(loss, logprob)[0].item() if loss.requires_grad else None
+        gradient = torch.autograd.grad(loss, logprob)[0].item() if loss.requires_grad else 0.0
         require(
-            gradient is not None or expected == 0.0,
-            "No gradient reaches logprobs: only the old log-probabilities and the advantages are constants.",
+            gradient != 0.0 or expected == 0.0,
+            f"No gradient reaches logprobs at ratio {ratio}, advantage {advantage:+g}: only old log-probabilities and advantages are constants.",
         )
         require(
-            gradient is None or abs(gradient - expected) < 1e-4,
-            f"At ratio {ratio}, advantage {advantage:+g} the gradient is {expected:g}, yours {gradient}.",
+            abs(gradient - expected) < 1e-4,
+            f"At ratio {ratio}, advantage {advantage:+g} the gradient is {expected:g}, yours {gradient:g}.",
         )
     return "Right: ratio, both sides of the clip, mean over real tokens, and gradient where it is due."
 
@@ -363,7 +363,11 @@ def check_label_reward(
     answer: Callable[[Callable[[Sequence[str]], list[Labelled]], Sequence[str], str], list[float]],
 ) -> str:
     """Hold `answer(classify, texts, label)` to classifiers whose scores are known, sorted as transformers' pipeline sorts them."""
-    known = {"a": {"kind": 0.9, "rude": 0.08, "odd": 0.02}, "b": {"kind": 0.3, "rude": 0.6, "odd": 0.1}, "c": {"kind": 0.05, "rude": 0.25, "odd": 0.7}}  # fmt: skip
+    known = {
+        "a": {"kind": 0.7, "dull": 0.15, "rude": 0.1, "odd": 0.05},
+        "b": {"kind": 0.3, "dull": 0.05, "rude": 0.5, "odd": 0.15},
+        "c": {"kind": 0.05, "dull": 0.1, "rude": 0.25, "odd": 0.6},
+    }
 
     def classify(texts: Sequence[str]) -> list[Labelled]:
         rows = [[{"label": name, "score": score} for name, score in known[text].items()] for text in texts]
@@ -378,10 +382,10 @@ def check_label_reward(
         require(len(numbers) == len(texts), f"{len(texts)} texts need {len(texts)} rewards, {len(numbers)} came.")
         return torch.tensor(numbers)
 
-    texts = ["b", "a", "c"]
-    for label in ("rude", "kind", "odd"):
+    texts = ["a", "b", "c"]
+    for label in ("rude", "kind", "odd", "dull"):
         ranked = [sorted(known[text].values(), reverse=True) for text in texts]
-        at_first = list(sorted(known["b"], key=known["b"].get, reverse=True)).index(label)
+        at_first = sorted(known["a"], key=known["a"].get, reverse=True).index(label)
         name_the_flaw(
             rewards(texts, label),
             torch.tensor([known[text][label] for text in texts]),
