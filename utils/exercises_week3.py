@@ -572,12 +572,13 @@ def check_change(
     wide, due = high - low, width(difference)
     unpaired = math.hypot(*(width(side.mean(1)) for side in values))
     single = width((values[1] - values[0]).ravel())
-    for other, message in (
+    mistakes = (
         (single, "Yours counts every sample as a case of its own, so the interval is too narrow: four texts about one dialogue are one case. Average them first."),
         (unpaired, "Yours compares two separate groups, so the interval is far too wide: take the difference dialogue by dialogue."),
         (2 * difference.std(), "That is the spread of single dialogues, mean plus and minus a standard deviation: an interval of the *mean* shrinks with their number."),
-    ):  # fmt: skip
-        require(abs(wide / due - 1) < 0.15 or abs(wide / other - 1) > 0.15, message)
+    )  # fmt: skip
+    other, message = min(mistakes, key=lambda mistake: abs(wide / mistake[0] - 1))
+    require(abs(wide / due - 1) < 0.15 or abs(wide / other - 1) > 0.15, message)
     require(
         abs(wide / due - 1) < 0.15,
         f"The 95 % interval of the mean over 40 dialogues is {due:.3f} wide here, yours {wide:.3f}.",
