@@ -205,6 +205,21 @@ def test_other_adapters_stay_pefts(adapted, settings):
         assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_a_step_of_a_fused_optimizer_is_seen_at_once(adapted):
+    """Such a step changes a tensor without changing its version; what is kept of the factors must not outlive it."""
+    model = adapted()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.5, fused=True)
+    logits = []
+    with fused_lora(model):
+        for _ in range(2):
+            with torch.no_grad():
+                logits.append(model(ids).logits)
+            model(ids).logits.float().square().sum().backward()
+            optimizer.step()
+    assert not torch.equal(*logits)
+
+
 def test_what_is_fused_stays_so_after_a_part_that_fuses_too(adapted):
     model = adapted()
     fused = lambda: {name for name, m in model.named_modules() if "forward" in vars(m)}  # noqa: E731

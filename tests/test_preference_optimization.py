@@ -98,7 +98,7 @@ def test_dpo_reads_the_tokens_as_they_were_sampled(llama, monkeypatch):
 # --- RLOO --------------------------------------------------------------------------------------------------------
 
 
-def test_rloo_raises_the_reward(llama):
+def test_rloo_goes_where_the_reward_is(llama):
     model, tokenizer = llama
     sampling = dict(completions_per_prompt=32, do_sample=True, max_new_tokens=6, show_progress=False)
 
@@ -107,9 +107,14 @@ def test_rloo_raises_the_reward(llama):
         texts = [c.text for c in generate(network, tokenizer, QUESTIONS, **sampling)]
         return sum(word_share(None, texts)) / len(texts)
 
-    before = mean_reward(model)
-    tuned = rloo(model, tokenizer, prompts=8 * QUESTIONS)
-    assert mean_reward(tuned) > before + 0.15
+    def penalty(prompts, completions):
+        return [-share for share in word_share(prompts, completions)]
+
+    praised, blamed = (
+        rloo(copy.deepcopy(model), tokenizer, reward, prompts=8 * QUESTIONS, learning_rate=5e-2)
+        for reward in (word_share, penalty)
+    )
+    assert mean_reward(blamed) + 0.03 < mean_reward(praised)
 
 
 def test_rloo_samples_each_prompt_once_and_shows_the_reward_what_was_asked(llama):

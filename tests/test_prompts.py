@@ -113,13 +113,14 @@ def test_the_labels_hide_exactly_the_prompt_and_eos_is_learned(tokenizer, prompt
 def test_the_prompt_of_an_example_is_the_prompt_at_generation_time(tiny, prompt, monkeypatch):
     """Token for token what the model is given by `generate`, for both kinds of model."""
     model, tokenizer = tiny
-    original, given = model.generate, []
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model
+    original, given = reader.forward, []
 
-    def spy(**arguments):
-        given.extend(arguments["input_ids"].tolist())
-        return original(**arguments)
+    def spy(*arguments, **named):
+        given.extend((arguments[0] if arguments else named["input_ids"]).tolist())
+        return original(*arguments, **named)
 
-    monkeypatch.setattr(model, "generate", spy)
+    monkeypatch.setattr(reader, "forward", spy)
     generate(model, tokenizer, [prompt], max_new_tokens=1)
     example = encode_example(tokenizer, prompt, SUMMARY, encoder_decoder=model.config.is_encoder_decoder)
     target = tokenizer(SUMMARY).input_ids

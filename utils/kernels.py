@@ -134,8 +134,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     fused already stay so afterwards: a benchmark generates while it measures.
     """
     layers = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in vars(m) and _is_plain(m)]
+    # Weights do not change where there are no gradients; an optimizer's fused step leaves no trace in a tensor's version.
+    may_keep = not torch.is_grad_enabled()
     for layer in layers:
-        layer.forward = partial(_lora_forward, layer, {})
+        layer.forward = partial(_lora_forward, layer, {} if may_keep else None)
     try:
         yield
     finally:
@@ -158,17 +160,17 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _lora_forward(layer: LoraLinear, kept: dict, inputs: Tensor) -> Tensor:
-    """`kept` is where the factors wait, in the dtype of the products, for the next pass without gradients."""
+def _lora_forward(layer: LoraLinear, kept: dict[str, tuple[Tensor, Tensor]] | None, inputs: Tensor) -> Tensor:
+    """`kept`, where there is one, is where the factors wait, in the dtype of the products, for the next pass."""
     base, name = layer.base_layer, layer.active_adapters[0]
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     if torch.is_grad_enabled():
         return LoraProduct.apply(inputs.to(base.weight.dtype), base, a, b, layer.scaling[name])
-    version = a._version, b._version
-    if kept.get("version") != version:
-        kept.update(version=version, factors=_factors(a, b, layer.scaling[name], base.weight.dtype))
+    factors = (kept and kept.get("factors")) or _factors(a, b, layer.scaling[name], base.weight.dtype)
+    if kept is not None:
+        kept["factors"] = factors
     rows = inputs.to(base.weight.dtype).reshape(-1, inputs.shape[-1])
-    return _product(rows, base, *kept["factors"])[0].view(*inputs.shape[:-1], -1)
+    return _product(rows, base, *factors)[0].view(*inputs.shape[:-1], -1)
 
 
 def _factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
