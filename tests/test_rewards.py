@@ -224,6 +224,14 @@ def test_a_classifier_reads_the_prompt_only_if_asked_to(classifier_folder):
         assert (one != other) == reads
 
 
+def test_an_empty_text_has_a_score_and_a_direction_alone_and_among_others(classifier_folder, encoder):
+    """A policy may write nothing, and not every tokenizer adds marks of its own."""
+    reward = ClassifierReward.load(classifier_folder[0], "hate")
+    (alone,), among = reward([""], [""]), reward(["", ""], ["", "the cat ran"])
+    assert alone == pytest.approx(among[0], abs=0.02)
+    assert embed(*encoder, [""]).norm() == pytest.approx(1.0)
+
+
 def test_a_fitted_classifier_knows_its_labels_and_leaves_the_encoder_alone(tiny_folders):
     torch.manual_seed(0)
     model, tokenizer = load_model(tiny_folders["bert"], dtype=torch.float32, device="cpu", num_labels=2)

@@ -48,7 +48,7 @@ class _EncoderReward:
             fits = len(self.tokenizer(completion).input_ids) < limit // 2
             cut = "only_first" if fits else "longest_first"
             return self.tokenizer(prompt, completion, truncation=cut, max_length=limit).input_ids
-        return self.tokenizer(completion, truncation=True, max_length=limit).input_ids
+        return self.tokenizer(_readable(self.tokenizer, completion), truncation=True, max_length=limit).input_ids
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
@@ -227,7 +227,7 @@ def embed(
     rows = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
-            list(texts[start : start + batch_size]),
+            [_readable(tokenizer, text) for text in texts[start : start + batch_size]],
             padding=True,
             truncation=True,
             max_length=_longest(model, tokenizer),
@@ -236,6 +236,11 @@ def embed(
         hidden, mask = model(**batch).last_hidden_state.float(), batch.attention_mask[..., None]
         rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(rows).cpu()
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`text`, or the padding token where there would be nothing to read: an empty text, and a tokenizer without marks."""
+    return text if tokenizer(text).input_ids else tokenizer.pad_token
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
