@@ -86,3 +86,38 @@ def test_no_setting_s_name_covers_another():
     quality = {name: (0.2 + i * 0.002, (0.17, 0.24)) for i, name in enumerate(names)}
     diversity = {name: 0.9 + i * 0.004 for i, name in enumerate(names)} | {"greedy": 0.2}
     assert covered(plots.quality_against_diversity(quality, diversity, "title")) == []
+
+
+def points(axis):
+    return [
+        (float(x), float(y)) for line in axis.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+def test_runs_and_the_yardstick_stand_where_their_kl_and_reward_are():
+    figure = plots.reward_against_kl(
+        {"a": (2.0, 0.5, (0.4, 0.7)), "b": (4.0, 0.1, (0.0, 0.2))}, [(0.0, 0.0), (0.2, 0.3)], "title"
+    )
+    assert {(2.0, 0.5), (4.0, 0.1), (0.0, 0.0), (0.2, 0.3)} <= set(points(figure.axes[0]))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert sorted(names) == ["a", "b", "best of n from the reference"]
+
+
+def test_each_measure_has_a_panel_with_every_model_at_its_mean():
+    figure = plots.before_and_after(
+        {"reward": {"SFT": (-0.5, (-0.6, -0.4)), "PPO": (0.2, (0.1, 0.3))}, "words": {"SFT": (27.0, (26.0, 28.0)), "PPO": (24.0, (23.0, 25.0))}},
+        "title",
+    )  # fmt: skip
+    assert [axis.get_ylabel() for axis in figure.axes] == ["reward", "words"]
+    assert {(0.0, -0.5), (1.0, 0.2)} <= set(points(figure.axes[0]))
+    assert {(0.0, 27.0), (1.0, 24.0)} <= set(points(figure.axes[1]))
+    assert covered(figure) == []
+
+
+def test_a_failure_that_stops_early_is_drawn_as_far_as_it_went():
+    figure = plots.failures_beside_healthy(
+        {"a": ("kl", [1.0], [0.1, 0.2]), "b": ("score", [3.0, 4.0], [5.0, 6.0])}, "title"
+    )
+    assert {(1.0, 1.0), (1.0, 0.1), (2.0, 0.2)} == set(points(figure.axes[0]))
+    assert figure.axes[1].get_ylabel() == "score"
+    assert not figure.axes[2].axison

@@ -25,6 +25,7 @@ from utils.ppo import (
     policy_loss,
     value_loss,
 )
+from utils.ppo_run import METRICS
 from utils.training import lora_config
 
 P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.05, 0.475, 0.475])
@@ -672,6 +673,7 @@ def test_the_metrics_have_trl_s_names_and_units(tiny):
     }
     assert expected <= set(metrics)
     assert {"seconds/rollout", "seconds/score", "seconds/update"} <= set(trainer.history[0])
+    assert set(METRICS) == set(trainer.history[0]), "a metric that is logged has no explanation, or the reverse"
 
 
 def test_tensorboard_gets_every_number_and_is_asked_for_where_it_is_missing(llama, tmp_path, monkeypatch):

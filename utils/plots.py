@@ -1667,20 +1667,18 @@ def reward_against_kl(
     runs: Mapping[str, tuple[float, float, tuple[float, float]]],
     yardstick: Sequence[tuple[float, float]],
     title: str,
-    kl_target: float | None = None,
+    ylabel: str = "reward (standard deviations)",
 ) -> Figure:
     """What a nat of KL buys: each run's end as (KL, reward, interval of the reward), and best-of-n's points (KL, reward) as a line."""
     figure = Figure(figsize=(7.2, 4.2))
     axis = figure.subplots()
-    axis.plot(*zip(*yardstick, strict=True), color=GREY, marker=".", label="best of n from the SFT model")
+    axis.plot(*zip(*yardstick, strict=True), color=GREY, marker=".", label="best of n from the reference")
     styles = [*GROUP_STYLES, (SKY, "v"), (GREY, "*")]
     for (name, (kl, reward, (low, high))), (colour, marker) in zip(runs.items(), styles, strict=False):
         errors = [[max(0.0, reward - low)], [max(0.0, high - reward)]]
         axis.errorbar([kl], [reward], yerr=errors, fmt=marker, color=colour, markersize=8, capsize=4, label=name)
-    if kl_target is not None:
-        axis.axvline(kl_target, color=BLACK, linestyle=":", linewidth=1, label="target")
-    axis.set_xlabel("KL from the SFT model (nats a sequence)")
-    axis.set_ylabel("reward (standard deviations)")
+    axis.set_xlabel("KL from the reference (nats a sequence)")
+    axis.set_ylabel(ylabel)
     axis.set_title(textwrap.fill(title, 80), fontsize=10)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(alpha=0.3)
