@@ -23,7 +23,6 @@ from utils.exercises import (
     check_collate,
     check_fitting,
     check_gain,
-    check_hide_spans,
     check_ids_at_test,
     check_neighbours,
     check_next_token_loss,
@@ -338,51 +337,6 @@ def test_no_case_of_the_check_of_top_p_lies_where_rounding_decides():
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
     mass = logits.double().softmax(-1).sort(descending=True).values.cumsum(-1)
     assert all((mass - p).abs().min() > 1e-6 for p in (0.1, 0.35, 0.6, 0.95))
-
-
-# --- week 1: hidden spans ----------------------------------------------------------------------------------------
-
-
-def hide(words, spans, *, names=("<X>", "<Y>", "<Z>"), longer=0, each_word=False):
-    """T5's input and target; the options are the usual mistakes."""
-    source, target, end = [], [], 0
-    for name, (first, last) in zip(names, spans, strict=False):
-        marks = [name] * (last - first if each_word else 1)
-        source += [*words[end:first], *marks]
-        target += [name, *words[first : last + longer]]
-        end = last + longer
-    return " ".join(source + words[end:]), " ".join([*target, names[len(spans)]])
-
-
-def backwards(words, spans):
-    """Right for the paper's example, wrong where a span opens the text: a negative slice."""
-    source, target = hide(words, spans)
-    return (source, target) if spans[0][0] else (" ".join(words[-1:]) + " " + source, target)
-
-
-def changed(source=lambda text: text, target=lambda text: text):
-    def answer(words, spans):
-        a, b = hide(words, spans)
-        return source(a), target(b)
-
-    return answer
-
-
-WRONG_SPANS = {
-    "Return two strings": lambda words, spans: hide(words, spans)[0],
-    "still holds 'for'": lambda words, spans: (" ".join(words), hide(words, spans)[1]),
-    "has lost 'me'.*the end of a span": functools.partial(hide, longer=1),
-    "not every hidden span has left a sentinel": changed(source=lambda text: text.replace(" <Y>", "")),
-    "3 sentinels for 2 spans": functools.partial(hide, each_word=True),
-    "Both spans have the same sentinel <X>": functools.partial(hide, names=("<X>", "<X>", "<Z>")),
-    "Your input is .*<extra_id_0>.*the T5 paper has": functools.partial(hide, names=("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")),
-    "holds 'Thank', which was not hidden": lambda words, spans: (hide(words, spans)[0], " ".join(words)),
-    "holds 'me', which was not hidden": lambda words, spans: (hide(words, spans)[0], hide(words, spans, longer=1)[1]),
-    "has lost its sentinel": changed(target=lambda text: re.sub("<[XY]> ", "", text)),
-    "is not closed": changed(target=lambda text: text[:-4]),
-    "each sentinel stands before its span": changed(target=lambda text: text.replace("<X> for inviting", "for inviting <X>")),
-    "something is lost or moved": backwards,
-}  # fmt: skip
 
 
 # --- week 1: the loss of the next token --------------------------------------------------------------------------
@@ -831,7 +785,6 @@ EXERCISES = {  # name: its check, right answers, wrong answers
     "fitting, chat": (fitting_of("chat"), {"by search": lambda: fitting, "own": own("shots_that_fit")}, WRONG_FITS),
     "fitting, plain": (fitting_of("plain"), {"by search": lambda: fitting, "own": own("shots_that_fit")}, WRONG_FITS),
     "top-p": (check_top_p, {"descending": lambda: top_p, "ascending": lambda: ascending_top_p, "own": own("top_p")}, WRONG_TOP_P),
-    "hidden spans": (check_hide_spans, {"by hand": lambda: hide}, WRONG_SPANS),
     "next-token loss": (check_next_token_loss, {"cross_entropy": lambda: shifted_loss, "by hand": lambda: by_hand_loss}, WRONG_LOSSES),
     "cheapest": (check_cheapest, {"grid": lambda: cheapest}, WRONG_CHEAPEST),
     "rouge-l": (check_rouge_l, {"table": lambda: l_from(common_table), "remembered": lambda: l_from(common_remembered), "own": own("rouge_l", week="week2")}, WRONG_ROUGE_L),

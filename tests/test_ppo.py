@@ -1,5 +1,6 @@
 """The PPO engine: the numbers that every implementation must give, and what must hold of a run."""
 
+import copy
 import math
 import random
 import sys
@@ -162,6 +163,20 @@ def test_first_rollout_has_no_kl_and_ratio_one(tiny, peft):
     assert second["val/ratio"] == 1.0  # also when the adapter, its dropout and the values have begun to count
 
 
+def test_kept_graphs_change_nothing(tiny):
+    """Two minibatches of two micro-batches: one graph is kept, both of the first, and no more where more are asked for."""
+    settings = dict(batch_size=8, prompts=PROMPTS * 2, minibatch_size=4, micro_batch_size=2, rollout_batch_size=4)
+    found = []
+    for keep in (0, 1, 2, 9):
+        trainer = make_trainer(copy.deepcopy(tiny[0]), tiny[1], keep_graphs=keep, **settings)
+        rollout = trainer.rollout(trainer.rows[:8])
+        assert [list(rows) for rows in rollout.graphs] == rollout.micro_batches[0][:keep]
+        assert all(made[0].requires_grad for made in rollout.graphs.values())
+        history = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in trainer.train()]
+        found.append((history, [parameter.tolist() for parameter in trainer.parameters]))
+    assert found[0] == found[1] == found[2] == found[3]  # bit for bit
+
+
 def test_values_are_zero_at_first(tiny):
     trainer = make_trainer(*tiny)
     assert torch.equal(trainer.rollout(PROMPTS).values, torch.zeros_like(trainer.rollout(PROMPTS).values))
@@ -221,7 +236,6 @@ def test_the_eos_step_is_trained_although_padding_is_eos(tiny_folders):
 
 @pytest.mark.parametrize("micro_batch_size", [2, 4, 8])
 def test_gradient_does_not_depend_on_micro_batches(tiny, micro_batch_size):
-    import copy
 
     model, tokenizer = tiny
     results = []
@@ -312,7 +326,6 @@ def test_columns_reach_the_reward(llama):
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
 def test_same_seed_same_run_and_another_seed_another(tiny, prompts):
-    import copy
 
     model, tokenizer = tiny
     runs = [make_trainer(copy.deepcopy(model), tokenizer, prompts=prompts, seed=seed).train() for seed in (3, 3, 4)]
@@ -368,7 +381,6 @@ def test_one_token_optimum(tiny_folders, kind, beta):
 
 
 def test_resume_is_bitwise(tiny, tmp_path):
-    import copy
 
     model, tokenizer = tiny
     settings = dict(steps=4, kl_target=1.0, kl_horizon=50, keep_checkpoints=2)
@@ -387,7 +399,6 @@ def test_resume_is_bitwise(tiny, tmp_path):
 
 
 def test_a_resumed_run_draws_the_reward_s_random_numbers_where_it_left_off(llama, tmp_path):
-    import copy
 
     model, tokenizer = llama
 
@@ -406,7 +417,6 @@ def test_a_resumed_run_draws_the_reward_s_random_numbers_where_it_left_off(llama
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_names_what_differs(llama, tmp_path):
-    import copy
 
     model, tokenizer = llama
     make_trainer(copy.deepcopy(model), tokenizer, steps=1, output_dir=str(tmp_path)).train()
@@ -425,7 +435,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_names_what_differs(llama, tm
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_never_over_an_earlier_run(llama, tmp_path):
-    import copy
 
     model, tokenizer = llama
     settings = dict(steps=3, lr_scheduler_type="constant", output_dir=str(tmp_path))
@@ -447,7 +456,6 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_never_over_an_earlier_
 @pytest.mark.parametrize("moment", ["rollout", "reward", "update"])
 def test_an_interrupt_loses_the_step_in_progress_and_no_more(llama, tmp_path, capsys, monkeypatch, moment):
     """Ctrl-C, then `train(resume_from="last")` with the very trainer, gradients half there and all."""
-    import copy
 
     model, tokenizer = llama
     whole = make_trainer(copy.deepcopy(model), tokenizer, steps=3)
@@ -482,7 +490,6 @@ def test_an_interrupt_loses_the_step_in_progress_and_no_more(llama, tmp_path, ca
 
 
 def test_a_full_disk_is_told_and_loses_nothing(llama, tmp_path, monkeypatch):
-    import copy
 
     model, tokenizer = llama
     whole = make_trainer(copy.deepcopy(model), tokenizer, steps=3)
@@ -613,7 +620,6 @@ def test_chat_prompts_and_a_preference_model_with_its_own_tokenizer(tiny, tiny_f
 
 
 def test_an_update_stops_where_the_policy_has_moved_past_target_kl(tiny):
-    import copy
 
     model, tokenizer = tiny
     settings = dict(steps=1, epochs=6, learning_rate=3e-2)
@@ -677,7 +683,6 @@ def test_the_metrics_have_trl_s_names_and_units(tiny):
 
 
 def test_tensorboard_gets_every_number_and_is_asked_for_where_it_is_missing(llama, tmp_path, monkeypatch):
-    import copy
 
     model, tokenizer = llama
     written = []

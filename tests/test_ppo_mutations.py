@@ -54,6 +54,7 @@ MUTANTS = {
     "the seed is ignored": ("torch.manual_seed(self.config.seed *", "torch.manual_seed(0 *", "same_seed", "llama"),
     "a penalty for those that ended": ("[completion.truncated for", "[not completion.truncated for", "cut_off", "llama"),
     "no early stop": ("approxkl > config.target_kl", "False", "past_target_kl", "llama"),
+    "graphs kept past a step of the optimizer": ("share(rollout.micro_batches[0])", "share([*chain(*rollout.micro_batches)])", "kept_graphs", "llama"),
     "scores are never scaled": ("if config.scale_scores else", "if False else", "scores_are_scaled", "llama"),
 }  # fmt: skip
 

@@ -13,7 +13,6 @@ import copy
 import itertools
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,6 @@ from utils.prompts import IGNORED, encode_example, summary_prompt
 from utils.scaling import CHINCHILLA, REPLICATION, ScalingLaw
 
 Shot = tuple[str, str]
-Span = tuple[int, int]
 
 # --- what the checks share ---------------------------------------------------------------------------------------
 
@@ -398,79 +396,6 @@ def check_top_p(answer: Callable[[Tensor, float], Tensor]) -> str:
 
 
 # --- week 1: pre-training ----------------------------------------------------------------------------------------
-
-
-def check_hide_spans(answer: Callable[[list[str], list[Span]], tuple[str, str]]) -> str:
-    """Hold `answer(words, spans)` to the T5 paper's own example, then to what every answer must do: lose nothing."""
-
-    def hide(words: list[str], spans: list[Span]) -> tuple[str, str]:
-        result = call(answer, list(words), list(spans))
-        require(
-            isinstance(result, tuple) and len(result) == 2 and all(isinstance(text, str) for text in result),
-            f"Return two strings, the input and the target; {result!r} came.",
-        )
-        return result
-
-    def plain(text: str) -> list[str]:
-        return re.sub(sentinel, " ", text).split()
-
-    sentinel = r"<[^ <>]+>"
-    words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
-    hidden = ("for", "inviting", "last")
-    source, target = hide(words, [(2, 4), (8, 9)])
-    for word in words:
-        require(
-            word not in hidden or word not in plain(source),
-            f"Your input still holds {word!r}, which was to be hidden: the model could copy it.",
-        )
-        require(
-            word in hidden or word in plain(source),
-            f"Your input has lost {word!r}, which was to stay: the end of a span is not part of it.",
-        )
-    sentinels = re.findall(sentinel, source)
-    require(
-        len(sentinels) >= 2,
-        f"In your input {source!r} not every hidden span has left a sentinel: nothing says where a word is missing.",
-    )
-    require(
-        len(sentinels) == 2,
-        f"Your input {source!r} has {len(sentinels)} sentinels for 2 spans: one a span, not one a word.",
-    )
-    require(
-        len(set(sentinels)) == 2,
-        f"Both spans have the same sentinel {sentinels[0]}: the target could not say which of them it is filling. Take <Y> for the second.",
-    )
-    require(
-        source == "Thank you <X> me to your party <Y> week",
-        f"Your input is {source!r}; the T5 paper has 'Thank you <X> me to your party <Y> week'.",
-    )
-    for word in words:
-        require(
-            word in hidden or word not in plain(target),
-            f"Your target {target!r} holds {word!r}, which was not hidden: what can be seen is not asked for.",
-        )
-    require(
-        "<X>" in target and "<Y>" in target,
-        f"In your target {target!r} a span has lost its sentinel: nobody could tell where it belongs.",
-    )
-    require(
-        target.endswith("<Z>"),
-        f"Your target {target!r} is not closed: one more sentinel says that nothing follows.",
-    )
-    require(
-        target == "<X> for inviting <Y> last <Z>",
-        f"Your target is {target!r}; the T5 paper has '<X> for inviting <Y> last <Z>': each sentinel stands before its span.",
-    )
-    words = list("abcdefgh")
-    for spans in ([(0, 1)], [(7, 8)], [(1, 2), (3, 6)], [(0, 2), (5, 8)]):
-        rebuilt, target = hide(words, spans)
-        for name, text in re.findall(rf"({sentinel})([^<]*)", target):
-            rebuilt = rebuilt.replace(name, text.strip())
-        require(
-            rebuilt.split() == words,
-            f"With the spans {spans} of {' '.join(words)!r}, input and target together give back {rebuilt!r}: something is lost or moved.",
-        )
-    return "Right: input and target are those of the T5 paper, and together they always give the text back."
 
 
 def check_next_token_loss(answer: Callable[[Tensor, Tensor, int], Tensor]) -> str:

@@ -414,9 +414,10 @@ def decode(
 ) -> list[list[int]]:
     """Token ids after the prompts of `read`, whose cache is used up; behind the first EOS of a row anything may stand.
 
-    `logits` (rows, vocabulary) are those of a decoder's first token, where they are known. Greedy without `draws`. With them, (rows, max_new_tokens), uniform on [0, 1), each token comes from
-    softmax(logits / temperature): it is the one at which the cumulative sum passes the draw. So a row's tokens do not depend
-    on the rows beside it, and rows that have ended are left out as soon as they are half of all.
+    `logits` (rows, vocabulary) are those of a decoder's first token, where they are known. Greedy without `draws`. With them,
+    (rows, max_new_tokens), uniform on [0, 1), each token comes from softmax(logits / temperature): it is the one at which the
+    cumulative sum passes the draw. So a row's tokens do not depend on the rows beside it, and rows that have ended are left
+    out as soon as they are half of all.
     """
     mask, cache, states = read.mask, read.cache, read.last
     rows, unfinished = torch.arange(len(mask), device=mask.device), torch.ones_like(mask[:, 0], dtype=torch.bool)

@@ -134,10 +134,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     fused already stay so afterwards: a benchmark generates while it measures.
     """
     layers = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in vars(m) and _is_plain(m)]
-    # Weights do not change where there are no gradients; an optimizer's fused step leaves no trace in a tensor's version.
-    may_keep = not torch.is_grad_enabled()
-    for layer in layers:
-        layer.forward = partial(_lora_forward, layer, {} if may_keep else None)
+    # Where there are no gradients now, no weight changes meanwhile, and the factors are made once.
+    made = [None if torch.is_grad_enabled() else _factors(layer) for layer in layers]
+    for layer, factors in zip(layers, made, strict=True):
+        layer.forward = partial(_lora_forward, layer, factors)
     try:
         yield
     finally:
@@ -160,20 +160,24 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _lora_forward(layer: LoraLinear, kept: dict[str, tuple[Tensor, Tensor]] | None, inputs: Tensor) -> Tensor:
-    """`kept`, where there is one, is where the factors wait, in the dtype of the products, for the next pass."""
+def _lora_forward(layer: LoraLinear, factors: tuple[Tensor, Tensor] | None, inputs: Tensor) -> Tensor:
     base, name = layer.base_layer, layer.active_adapters[0]
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    inputs = inputs.to(base.weight.dtype)
     if torch.is_grad_enabled():
-        return LoraProduct.apply(inputs.to(base.weight.dtype), base, a, b, layer.scaling[name])
-    factors = (kept and kept.get("factors")) or _factors(a, b, layer.scaling[name], base.weight.dtype)
-    if kept is not None:
-        kept["factors"] = factors
-    rows = inputs.to(base.weight.dtype).reshape(-1, inputs.shape[-1])
-    return _product(rows, base, *factors)[0].view(*inputs.shape[:-1], -1)
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return LoraProduct.apply(inputs, base, a, b, layer.scaling[name])
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return _product(rows, base, *factors or _factors(layer))[0].view(*inputs.shape[:-1], -1)
 
 
-def _factors(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _factors(layer: LoraLinear) -> tuple[Tensor, Tensor]:
+    """The adapter's A (r, in) and scaled B (out, r) in the dtype of the products."""
+    name, dtype = layer.active_adapters[0], layer.base_layer.weight.dtype
+    return _narrow(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], dtype)
+
+
+def _narrow(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.to(dtype), (b * scaling).to(dtype)
 
 
@@ -193,8 +197,8 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        narrow_a, scaled_b = _factors(a, b, scaling, rows.dtype)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # hooks of `base`, a profiler's, find no graph in here
+        narrow_a, scaled_b = _narrow(a, b, scaling, rows.dtype)
         output, narrow = _product(rows, base, narrow_a, scaled_b)
         ctx.save_for_backward(rows, base.weight, narrow_a, scaled_b, narrow)
         ctx.scaling = scaling
@@ -240,9 +244,8 @@ class TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             logits = F.linear(hidden[part].float(), exact_weight).div_(temperature)
-            probabilities = logits.softmax(
-                1
-            )  # one pass over the table, where a logarithm of a sum of exponentials takes four
+            # One pass over the table, where the logarithm of a sum of exponentials takes four.
+            probabilities = logits.softmax(1)
             largest, where = logits.max(1)
             normaliser = largest - probabilities.gather(1, where[:, None])[:, 0].log()
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,8 @@ LOGGED = (
 class Rollout:
     """Completions of a batch of prompts, and what the policy thought of them. Tensors are (rows, longest completion).
 
-    `PPOTrainer.rollout` fills it in from the top to the bottom.
+    `PPOTrainer.rollout` fills it in from the top to the bottom. `graphs` holds what `update` can go on from, by the rows of a
+    micro-batch: log-probabilities, values and entropy with their gradients (see `PPOConfig.keep_graphs`).
     """
 
     prompts: list[Prompt]
@@ -162,6 +163,7 @@ class Rollout:
     prompt_ids: list[list[int]]
     micro_batches: list[list[list[int]]]  # minibatches of micro-batches of row numbers
     completions: list[Completion]
+    graphs: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
     mask: Tensor | None = None
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -208,10 +210,9 @@ class PPOTrainer:
         if any("relative_attention_bias" in name for name in self.trainable):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.
             model.set_attn_implementation("eager")
-        self.reference_adapter = (
-            ppo_run.frozen_adapter(model) if reference is None and isinstance(model, PeftModel) else None
-        )
-        if reference is None and not isinstance(model, PeftModel):
+        shared = reference is None and isinstance(model, PeftModel)
+        self.reference_adapter = ppo_run.frozen_adapter(model) if shared else None
+        if reference is None and not shared:
             reference = copy.deepcopy(model)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
         width = model.config.get_text_config(decoder=True).hidden_size
@@ -283,10 +284,12 @@ class PPOTrainer:
         draws = torch.rand(len(rows), self.config.max_new_tokens, generator=random)
         mine = [batch for minibatch in rollout.micro_batches for batch in self.processes.share(minibatch)]
         rollout.completions = [None] * len(rows)
-        # Layers that look back over a window take no padding later: then only a micro-batch is sampled together.
-        joinable = generation.can_join(DynamicCache(config=base_model(self.model).config))
-        size = max(1, self.config.rollout_batch_size // len(mine[0])) if joinable and mine else 1
-        found = []
+        size, found = (
+            1,
+            [],
+        )  # micro-batches sampled together: not where layers look back over a window and take no padding later
+        if mine and generation.can_join(DynamicCache(config=base_model(self.model).config)):
+            size = max(1, self.config.rollout_batch_size // len(mine[0]))
         for first in range(0, len(mine), size):
             found += self._sample_and_score(rollout, mine[first : first + size], draws)
         with self._reference_model() as reference:
@@ -296,7 +299,7 @@ class PPOTrainer:
         lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
         rollout.mask = torch.arange(int(lengths.max())) < lengths[:, None]
         tensors = torch.zeros(3, *rollout.mask.shape)  # and zero they stay where another process has the row
-        for batch, (logprobs, values), ref_logprobs in zip(mine, found, references, strict=True):
+        for batch, (logprobs, values, _), ref_logprobs in zip(mine, found, references, strict=True):
             tensors[:, batch, : values.shape[1]] = torch.stack([logprobs, ref_logprobs, values]).cpu()
         rollout.logprobs, rollout.ref_logprobs, rollout.values = self.processes.sum(tensors)
         return rollout
@@ -305,7 +308,8 @@ class PPOTrainer:
         """Ask the reward for one number a completion, (rows,), and keep it in the rollout. Only the main process asks."""
         scores = None
         if self.processes.is_main:
-            prompts = [_last_text(prompt) for prompt in rollout.prompts]
+            # of a chat its last message
+            prompts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in rollout.prompts]
             scores = [float(score) for score in self.reward(prompts, rollout.texts, **rollout.columns)]
         rollout.scores = torch.tensor(self.processes.from_main(scores))
         if len(rollout.scores) != len(rollout.texts):
@@ -384,21 +388,26 @@ class PPOTrainer:
         left = 1 - self.step / self.config.steps if self.config.lr_scheduler_type == "linear" else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * left
-        times = [time.perf_counter()]
-        rollout = self.rollout(self._next_rows())
-        times.append(time.perf_counter())
-        self.score(rollout)
-        times.append(time.perf_counter())
-        metrics = self.update(rollout)
-        times.append(time.perf_counter())
-        seconds = {f"seconds/{name}": times[i + 1] - times[i] for i, name in enumerate(("rollout", "score", "update"))}
-        return metrics | seconds
+        begin, rollout = time.perf_counter(), self.rollout(self._next_rows())
+        sampled, _ = time.perf_counter(), self.score(rollout)
+        scored, metrics = time.perf_counter(), self.update(rollout)
+        seconds = sampled - begin, scored - sampled, time.perf_counter() - scored
+        return metrics | dict(zip(("seconds/rollout", "seconds/score", "seconds/update"), seconds, strict=True))
 
     def _sample_and_score(self, rollout: Rollout, batches: list[list[int]], draws: Tensor) -> list[tuple]:
         """Sample completions of some micro-batches, together; log-probabilities and values of each. Prompts are read once."""
-        reads = [self._read(self.model, rollout, batch) for batch in batches]
+        # Of the first minibatch alone: after a step of the optimizer the weights are no longer those of the graph.
+        kept = self.processes.share(rollout.micro_batches[0])[: self.config.keep_graphs]
+        reads, found = [], []
+        for batch in batches:
+            with torch.set_grad_enabled(batch in kept):
+                reads.append(self._read(self.model, rollout, batch))
         self._sample(rollout, [*chain(*batches)], reads, draws)
-        return [self._forward(self.model, rollout, *each)[:2] for each in zip(batches, reads, strict=True)]
+        for batch, read in zip(batches, reads, strict=True):
+            with torch.set_grad_enabled(batch in kept):
+                found.append(self._forward(self.model, rollout, batch, read))
+        rollout.graphs |= {tuple(batch): made for batch, made in zip(batches, found, strict=True) if batch in kept}
+        return found
 
     def _sample(self, rollout: Rollout, rows: list[int], reads: list[Read], draws: Tensor) -> None:
         """Sample a completion for each of `rows`. `draws` (all rows, tokens) are uniform on [0, 1): one decides a token."""
@@ -419,7 +428,7 @@ class PPOTrainer:
         Dividing by the tokens of the whole minibatch makes the gradient independent of how it is cut into micro-batches
         and shared among processes.
         """
-        logprobs, values, entropy = self._forward(self.model, rollout, rows)
+        logprobs, values, entropy = rollout.graphs.pop(tuple(rows), None) or self._forward(self.model, rollout, rows)
         device, width = logprobs.device, logprobs.shape[1]
         mask = rollout.mask[rows][:, :width].to(device)
         old_logprobs, old_values, advantages, returns = (
@@ -581,11 +590,6 @@ class PPOTrainer:
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-def _last_text(prompt: Prompt) -> str:
-    """What the reward sees of a prompt: the string, or the content of the last chat message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:

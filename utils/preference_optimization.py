@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -21,7 +20,7 @@ from utils.generation import Completion
 from utils.kernels import fused_lora
 from utils.lab import LabError
 from utils.prompts import encode, render
-from utils.training import ProgressBar, restore_forward
+from utils.training import ProgressBar, common_arguments, restore_forward
 
 Prompt = str | list[dict[str, str]]
 
@@ -154,15 +153,9 @@ def _train(
                 gradient_accumulation_steps=batch_size // micro,
                 learning_rate=learning_rate,
                 disable_dropout=True,
-                activation_checkpointing=False,
-                bf16=model.dtype == torch.bfloat16,
-                use_cpu=model.device.type == "cpu",
-                dataloader_pin_memory=model.device.type == "cuda",
                 save_strategy="no",
-                logging_steps=1,
-                disable_tqdm=True,
-                report_to="none",
                 seed=seed,
+                **common_arguments(model),
                 **settings,
             )
             trainer = make_trainer(

@@ -186,17 +186,6 @@ def cut_spans(ids: Tensor, hidden: Tensor, *, sentinels: Sequence[int], eos_id: 
     return inputs, torch.cat([*pieces, end])
 
 
-def fill_spans(inputs: Sequence[int], targets: Sequence[int], *, sentinels: Sequence[int]) -> list[int]:
-    """The text that `cut_spans` took apart: each sentinel of `inputs` replaced by what follows it in `targets`."""
-    names, spans, current = set(sentinels), {}, []
-    for token in targets:
-        if token in names:
-            current = spans.setdefault(token, [])
-        else:
-            current.append(token)
-    return [piece for token in inputs for piece in (spans.get(token, []) if token in names else [token])]
-
-
 def shift_right(targets: Tensor, start_id: int, pad_id: int) -> Tensor:
     """What an encoder-decoder's decoder reads while it predicts `targets` (batch, length): the same, one place later."""
     shifted = torch.cat([torch.full_like(targets[:, :1], start_id), targets[:, :-1]], 1)

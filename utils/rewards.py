@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoConfig, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from utils.data import DataError
 from utils.lab import LabError
 from utils.models import choose_dtype, load_model, resolve
-from utils.training import ProgressBar
+from utils.training import ProgressBar, common_arguments
 
 
 class _EncoderReward:
@@ -116,11 +117,6 @@ class ClassifierReward(_EncoderReward):
         return cls(*load_model(folder, num_labels=labels), label=label, **options)
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """`-log sigmoid(chosen - rejected)`, the mean over pairs of scores (Bradley and Terry 1952; Ouyang et al. 2022, equation 1)."""
-    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-
-
 def train_preference_model(
     preference_model: PreferenceModel,
     prompts: Sequence[str],
@@ -132,7 +128,11 @@ def train_preference_model(
     batch_size: int = 16,
     seed: int = 0,
 ) -> list[float]:
-    """Train in place on pairs, with TRL's RewardTrainer (the Bradley-Terry loss); return the loss of each step."""
+    """Train in place on pairs, with TRL's RewardTrainer; return the loss of each step.
+
+    The loss is -log sigmoid(score of the chosen - score of the rejected), the mean over pairs (Bradley and Terry 1952; Ouyang et
+    al. 2022, equation 1).
+    """
     model, tokenizer = preference_model.model, preference_model.tokenizer
     if not len(prompts) == len(chosen) == len(rejected) > 0:
         raise DataError(f"Unequal or no pairs: {len(prompts)} prompts, {len(chosen)} chosen, {len(rejected)} rejected.")
@@ -155,15 +155,9 @@ def train_preference_model(
                 warmup_steps=0.1,
                 max_length=None,
                 disable_dropout=True,
-                activation_checkpointing=False,
-                bf16=choose_dtype(model.device) == torch.bfloat16,
-                use_cpu=model.device.type == "cpu",
-                dataloader_pin_memory=model.device.type == "cuda",
                 save_strategy="no",
-                logging_steps=1,
-                disable_tqdm=True,
-                report_to="none",
                 seed=seed,
+                **common_arguments(model) | {"bf16": choose_dtype(model.device) == torch.bfloat16},
             ),
             callbacks=[ProgressBar("preference model")],
         )
@@ -185,7 +179,7 @@ def fit_classifier(
 ) -> None:
     """Fit the output layer `model.classifier` of an encoder with as many outputs as there are labels, in place; the rest stays.
 
-    The outputs get the labels' names, in the order in which they first come. By L-BFGS, without randomness.
+    The outputs get the labels' names, in the order in which they first come. Without randomness.
     """
     names = list(dict.fromkeys(labels))
     if len(names) != model.config.num_labels:
@@ -196,27 +190,14 @@ def fit_classifier(
     rows: list[Tensor] = []
     watch = model.classifier.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
     with torch.no_grad():
-        for start in range(0, len(texts), 32):
-            batch = tokenizer(
-                list(texts[start : start + 32]),
-                padding=True,
-                truncation=True,
-                max_length=_longest(model, tokenizer),
-                return_tensors="pt",
-            )
-            model(**batch.to(model.device))
+        for batch in _batches(model, tokenizer, texts):
+            model(**batch)
     watch.remove()
     features, targets = torch.cat(rows), torch.tensor([names.index(label) for label in labels], device=rows[0].device)
-    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model.classifier(features), targets)
-        loss = loss + l2 * model.classifier.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    _minimize(
+        model.classifier.parameters(),
+        lambda: F.cross_entropy(model.classifier(features), targets) + l2 * model.classifier.weight.square().sum(),
+    )
 
 
 @torch.no_grad()
@@ -225,17 +206,33 @@ def embed(
 ) -> Tensor:
     """Sentence embeddings, (texts, hidden) fp32 of length 1: the mean of the encoder's last hidden states over real tokens."""
     rows = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            [_readable(tokenizer, text) for text in texts[start : start + batch_size]],
-            padding=True,
-            truncation=True,
-            max_length=_longest(model, tokenizer),
-            return_tensors="pt",
-        ).to(model.device)
+    for batch in _batches(model, tokenizer, texts, batch_size):
         hidden, mask = model(**batch).last_hidden_state.float(), batch.attention_mask[..., None]
-        rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+        rows.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(rows).cpu()
+
+
+def _batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int = 32
+) -> Iterator[BatchEncoding]:
+    """Texts as the encoder reads them, so many at a time, cut where they are too long."""
+    settings = dict(padding=True, truncation=True, max_length=_longest(model, tokenizer), return_tensors="pt")
+    for start in range(0, len(texts), size):
+        readable = [_readable(tokenizer, text) for text in texts[start : start + size]]
+        yield tokenizer(readable, **settings).to(model.device)
+
+
+def _minimize(parameters: Iterable[Tensor], objective: Callable[[], Tensor]) -> None:
+    """Bring `objective`, which depends on the parameters, to its minimum by L-BFGS: no randomness, the same result every time."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -256,23 +253,19 @@ class CivilityJudge:
         self.weight = self.bias = None
 
     def fit(self, texts: Sequence[str], labels: Sequence[str], *, l2: float = 1e-3) -> CivilityJudge:
-        """Fit to `labels` `"civil"` and `"hostile"` by L-BFGS: no randomness, the same weights every time."""
+        """Fit to `labels` `"civil"` and `"hostile"`, without randomness."""
         unknown = set(labels) - {"civil", "hostile"}
         if unknown:
             raise DataError(f"The label {min(unknown)!r} is neither 'civil' nor 'hostile'.")
         x = embed(self.encoder, self.tokenizer, texts)
         y = torch.tensor([label == "hostile" for label in labels], dtype=torch.float32)
         self.weight, self.bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
-        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ self.weight + self.bias, y)
-            loss = loss + l2 * self.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        _minimize(
+            [self.weight, self.bias],
+            lambda: (
+                F.binary_cross_entropy_with_logits(x @ self.weight + self.bias, y) + l2 * self.weight.square().sum()
+            ),
+        )
         return self
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,16 +124,10 @@ def fine_tune(
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=config.warmup_share,
-            activation_checkpointing=False,
-            bf16=model.dtype == torch.bfloat16,
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type == "cuda",
             save_strategy="no" if checkpoints is None else "steps",
             save_steps=config.save_steps,
-            logging_steps=1,
-            disable_tqdm=True,
-            report_to="none",
             seed=config.seed,
+            **common_arguments(model),
             **({} if encoder_decoder else {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}),
         )
         trainer = (_EncoderDecoderTrainer if encoder_decoder else _CompletionTrainer)(
@@ -150,6 +145,19 @@ def fine_tune(
             shutil.rmtree(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return restore_forward(trainer.accelerator.unwrap_model(trainer.model)).eval(), losses
+
+
+def common_arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments that all trainers of this project share: the model's format and device, and a log that only we show."""
+    return dict(
+        activation_checkpointing=False,
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type == "cuda",
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+    )
 
 
 def restore_forward(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
