@@ -49,6 +49,21 @@ def small_lab(tmp_path, monkeypatch):
     return make
 
 
+def test_a_page_draws_its_formulas_itself(tmp_path):
+    text = "The $\\frac{n-1}{n}$ is drawn, `$x$` is code.\n\n$$\\pi^*(x) \\propto e^{r(x)/\\beta}$$\n\n| $a_1$ | $b_1$ |\n|---|---|\n| 1 | $2^*$ |"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    nbformat.write(notebook, tmp_path / "formulas.ipynb")
+    batch.write_html(tmp_path / "formulas.ipynb", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").split("<body", 1)[1]
+    assert page.count("<math") == 5
+    assert "<mfrac>" in page
+    assert 'display="block"' in page
+    assert "<code>$x$</code>" in page
+    assert "\\frac" not in page
+    assert "\\pi" not in page
+    assert page.count("<td>") == 2
+
+
 def test_a_lab_leaves_notebook_page_log_and_results(small_lab, tmp_path):
     small_lab("lab.record(x=X, gain=(0.0, 1.0))\nlab.save();\nprint('seen')")
     results = batch.run_lab("week1", "smoke", {"X": 7}, tmp_path / "out put")

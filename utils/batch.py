@@ -87,15 +87,34 @@ def run_lab(lab: str, profile: str, overrides: dict[str, Any] | None = None, out
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-OFFLINE_PAGE = """{% extends "lab/index.html.j2" %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+OFFLINE_PAGE = """{% extends "lab/index.html.j2" %}{% block html_head_js_mermaidjs %}{% endblock %}
+{% block extra_css %}<style>.highlight pre { white-space: pre-wrap !important } math { font-size: 1.15em }</style>{% endblock %}"""
 
 
 def write_html(source: Path, target: Path) -> None:
-    """Convert a notebook to one HTML file that needs no network: nothing in it is fetched from a CDN."""
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
+    """Convert a notebook to one HTML file that needs no network: nothing in it is fetched from a CDN.
 
-    exporter = HTMLExporter(
+    Formulas become MathML, which browsers draw themselves. Long lines of code are wrapped.
+    """
+    from jinja2 import DictLoader, pass_context
+    from latex2mathml.converter import convert
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Formulas(IPythonRenderer):
+        def block_math(self, body: str) -> str:
+            return convert(body, display="block")
+
+        def inline_math(self, body: str) -> str:
+            return convert(body)
+
+    class Page(HTMLExporter):
+        @pass_context
+        def markdown2html(self, context, text: str) -> str:
+            renderer = Formulas(escape=False, anchor_link_text=self.anchor_link_text)
+            return MarkdownWithMath(renderer=renderer).render(text)
+
+    exporter = Page(
         mathjax_url="",
         require_js_url="",
         jquery_url="",

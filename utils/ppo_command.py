@@ -143,6 +143,7 @@ def _train(parameters: dict[str, Any], reward_folder: Path, output: Path, option
         rollout_batch_size=options.rollout_batch_size,
         minibatch_size=parameters["PPO_MINIBATCH_SIZE"],
         micro_batch_size=options.micro_batch_size,
+        keep_graphs=options.keep_graphs,
         epochs=parameters["PPO_EPOCHS"],
         learning_rate=parameters["PPO_LEARNING_RATE"],
         kl_coef=parameters["KL_COEF"],
@@ -179,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "share what is more (default: 32)")  # fmt: skip
     parser.add_argument("--micro-batch-size", type=int, default=8, help="completions a forward pass; several processes share "
                         "a minibatch's (default: 8)")  # fmt: skip
+    parser.add_argument("--keep-graphs", type=int, default=0, help="micro-batches whose scoring pass the update goes on from: "
+                        "sooner done, for the memory of their activations (default: 0)")  # fmt: skip
     parser.add_argument("--report-to", choices=["tensorboard"], help="write the metrics for TensorBoard as well")
     parser.add_argument("--only-reward", action="store_true", help="train the reward and stop")
     options = parser.parse_args(arguments)
