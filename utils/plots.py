@@ -403,7 +403,9 @@ def show_source(*things) -> None:
 
     source = "\n\n".join(_without_docstrings(thing) for thing in things)
     style = "color:#222;background:#f8f8f8;padding:0.6em;border-left:3px solid #999;line-height:1.35;overflow-x:auto"
-    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True, cssstyles=style))
+    html = highlight(
+        source, PythonLexer(), HtmlFormatter(noclasses=True, cssstyles=style, prestyles="font-family:monospace")
+    )
     display({"text/html": html, "text/plain": source}, raw=True)
 
 

@@ -146,6 +146,7 @@ def _train(parameters: dict[str, Any], reward_folder: Path, output: Path, option
         keep_graphs=options.keep_graphs,
         epochs=parameters["PPO_EPOCHS"],
         learning_rate=parameters["PPO_LEARNING_RATE"],
+        lr_scheduler_type="constant",
         kl_coef=parameters["KL_COEF"],
         lam=parameters["LAM"],
         temperature=parameters["TEMPERATURE"],

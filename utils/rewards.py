@@ -125,7 +125,7 @@ def train_preference_model(
     *,
     epochs: int = 2,
     learning_rate: float = 1e-4,
-    batch_size: int = 16,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> list[float]:
     """Train in place on pairs, with TRL's RewardTrainer; return the loss of each step.
