@@ -1,6 +1,6 @@
 """PPO: `utils.ppo` beside TRL 1.12.0, the last TRL with a PPO trainer; then generation beside transformers' own.
 
-    python benchmarks/ppo.py [--trl-python PATH] [--prompts 32] [--steps 2] [--seed 0]
+    python benchmarks/ppo.py [--trl-python PATH] [--only ppo|generation] [--prompts 32] [--steps 2] [--seed 0]
 
 PPO: the same policy (the embedded model in bfloat16, LoRA r=8 on all its linear layers), prompts (the openings of training
 dialogues, about 145 tokens), number and length of completions (32 tokens, which nobody may end early), epochs (2), one
@@ -9,9 +9,9 @@ completions at once, without gradient checkpointing; `trl cut` cuts them as ours
 process of its own. Printed are episodes a second (set-up and the first step not counted), the peak memory of the process,
 where a step's time goes, and what share of the processor's fastest matrix product, measured beside it, each part reaches.
 
-Generation: greedy decoding of all prompts at once, and of one after the other as courses do, with transformers' `generate`
-and the model as it loads it; and `utils.generation.generate`. Generating one token alone tells reading the prompts from
-decoding. `docs/ppo_against_trl.md` keeps the results.
+Generation: greedy decoding of all prompts at once, and of one after the other as courses do, with transformers' `generate`, in
+float32, as it loads the model, and in our number format; and `utils.generation.generate`. Generating one token alone tells reading
+the prompts from decoding. `docs/ppo_against_trl.md` keeps the results.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -208,7 +209,7 @@ def run_trl(given: argparse.Namespace) -> dict:
 
 
 def run_generation(given: argparse.Namespace) -> dict:
-    """Seconds for all prompts, reading them and decoding, of three ways to generate greedily."""
+    """Seconds for all prompts, reading them and decoding, of the ways to generate greedily."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -219,18 +220,19 @@ def run_generation(given: argparse.Namespace) -> dict:
     quiet_libraries()
     keep_freed_memory()
     ours, tokenizer = load_model(MODEL)
-    theirs = AutoModelForCausalLM.from_pretrained(resolve(MODEL), dtype=ours.dtype)
+    as_loaded = AutoModelForCausalLM.from_pretrained(resolve(MODEL))
+    same_format = AutoModelForCausalLM.from_pretrained(resolve(MODEL), dtype=ours.dtype)
     tokenizer.padding_side = "left"
-    for model in (ours, theirs):
+    for model in (ours, as_loaded, same_format):
         no_early_end(model, tokenizer)
     prompts = make_prompts(tokenizer, given.prompts)
 
-    def together(tokens: int) -> None:
-        theirs.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=tokens)
+    def together(model, tokens: int) -> None:
+        model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=tokens)
 
-    def one_by_one(tokens: int) -> None:
+    def one_by_one(model, tokens: int) -> None:
         for prompt in prompts:
-            theirs.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens)
+            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens)
 
     def batched(tokens: int) -> None:
         generate(ours, tokenizer, prompts, batch_size=given.prompts, max_new_tokens=tokens, show_progress=False)
@@ -241,10 +243,13 @@ def run_generation(given: argparse.Namespace) -> dict:
         return time.perf_counter() - begin
 
     result = {}
-    ways = {"ours": batched, "transformers, all at once": together, "transformers, one by one": one_by_one}
+    ways = {f"ours, {ours.dtype}".replace("torch.", ""): batched}
+    for name, way in {"all at once": together, "one by one": one_by_one}.items():
+        for model in (same_format, as_loaded):
+            ways[f"transformers, {model.dtype}, {name}".replace("torch.", "")] = partial(way, model)
     with torch.no_grad():
         for name, way in ways.items():
-            rounds = 1 if way is one_by_one else given.steps + 1
+            rounds = 1 if "one by one" in name else given.steps + 1
             way(2)
             reading = median(seconds(way, 1) for _ in range(rounds))
             whole = median(seconds(way, given.tokens) for _ in range(rounds))
@@ -285,11 +290,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def main(given: argparse.Namespace) -> None:
-    """All runs, one after the other."""
-    say(
-        f"{given.prompts} prompts a step, one completion of {given.tokens} tokens each, {given.epochs} epochs; some minutes."
-    )
+def compare_ppo(given: argparse.Namespace) -> None:
+    """Our trainer and TRL's, one after the other."""
+    say(f"{given.prompts} prompts a step, one completion of {given.tokens} tokens each, {given.epochs} epochs")
     ours = start(given, "ours")
     say(f"ours     {ours['episodes_per_second']:6.2f} episodes/s, {ours['peak_memory_mb']:6.0f} MiB at most")
     parts = {"rollout": ("sampling",), "scoring": ("rollout", "sampling"), "update": ("update",), "reward": ("reward",)}
@@ -309,13 +312,17 @@ def main(given: argparse.Namespace) -> None:
                 f"{ours['episodes_per_second'] / theirs['episodes_per_second']:.2f} times the speed in "
                 f"{ours['peak_memory_mb'] / theirs['peak_memory_mb']:.2f} of the memory"
             )
+
+
+def compare_generation(given: argparse.Namespace) -> None:
+    """Ours and transformers' ways to write the same."""
     generation = start(given, "generation")
     tokens = given.prompts * given.tokens
-    ours = generation["ours"]
+    ours = next(iter(generation.values()))
     for name, way in generation.items():
         ratios = way["decoding"] / ours["decoding"], sum(way.values()) / sum(ours.values())
         say(
-            f"{name:26}{tokens / sum(way.values()):6.0f} tokens/s; reading {way['reading']:6.2f} s, decoding "
+            f"{name:40}{tokens / sum(way.values()):6.0f} tokens/s; reading {way['reading']:6.2f} s, decoding "
             f"{way['decoding']:6.2f} s: ours decodes {ratios[0]:.2f} times as fast, {ratios[1]:.2f} times with the reading"
         )
 
@@ -344,8 +351,13 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after one that is not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("ppo", "generation"), help="one of the two comparisons")
     arguments = parser.parse_args()
     if arguments.run:
         print(json.dumps(RUNS[arguments.run](arguments)))
     else:
-        main(arguments)
+        say("Some minutes; close what else uses the processor.")
+        if arguments.only != "generation":
+            compare_ppo(arguments)
+        if arguments.only != "ppo":
+            compare_generation(arguments)
