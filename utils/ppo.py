@@ -223,11 +223,9 @@ class PPOTrainer:
         self.processes = ppo_run.Processes(model.device)
         self.processes.start_alike(self.parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
-        self.kl_controller = (
-            FixedKLController(config.kl_coef)
-            if config.kl_target is None
-            else AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        )
+        self.kl_controller = FixedKLController(config.kl_coef)
+        if config.kl_target is not None:
+            self.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.moments = RunningMoments()
         self.step = self.optimizer_steps = 0
         self.history: list[dict[str, float]] = []
@@ -257,8 +255,8 @@ class PPOTrainer:
                     bar.update(1)
                     if main:
                         ppo_run.keep_step(self)
-                        if on_step is not None:
-                            on_step(self.history)
+                    if main and on_step is not None:
+                        on_step(self.history)
         except KeyboardInterrupt:
             if main:
                 print(f"Stopped in step {self.step}. {ppo_run.where_to_resume(self.config)}")
@@ -284,10 +282,8 @@ class PPOTrainer:
         draws = torch.rand(len(rows), self.config.max_new_tokens, generator=random)
         mine = [batch for minibatch in rollout.micro_batches for batch in self.processes.share(minibatch)]
         rollout.completions = [None] * len(rows)
-        size, found = (
-            1,
-            [],
-        )  # micro-batches sampled together: not where layers look back over a window and take no padding later
+        # Micro-batches are sampled together, but where layers look back over a window and take no padding later.
+        size, found = 1, []
         if mine and generation.can_join(DynamicCache(config=base_model(self.model).config)):
             size = max(1, self.config.rollout_batch_size // len(mine[0]))
         for first in range(0, len(mine), size):
