@@ -52,10 +52,12 @@ class PPOConfig:
     optimizer step each), computed `micro_batch_size` at a time, and for no longer than `policy/approxkl` of a minibatch
     stays below `target_kl`, where that is set. With `kl_target` the coefficient adapts, without it stays at `kl_coef`.
     The policy is `softmax(logits / temperature)`: the one temperature applies to sampling, policy and reference alike,
-    so what is scored is what is sampled. For the first `keep_graphs` micro-batches of a rollout the pass that scores them is also
-    their first forward pass of the update: the same numbers, sooner, for the memory of their activations. `generation_kwargs` is for scripts that hand over settings of transformers'
-    `generate`: those that leave the policy's distribution alone change nothing here either, any other is refused.
-    `scale_scores` divides scores by their running standard deviation.
+    so what is scored is what is sampled. `scale_scores` divides scores by their running standard deviation.
+
+    For the first `keep_graphs` micro-batches of a rollout the pass that scores them is also their first forward pass of the
+    update: the same numbers, sooner, for the memory of their activations. `generation_kwargs` is for scripts that hand over
+    settings of transformers' `generate`: those that leave the policy's distribution alone change nothing here either, any
+    other is refused.
 
     With `output_dir` a checkpoint is written there every `save_steps` steps (the last `keep_checkpoints` are kept) and
     the metrics to `metrics.csv`; `report_to="tensorboard"` writes them for TensorBoard as well.
