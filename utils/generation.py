@@ -439,7 +439,8 @@ def decode(
         if encoder_decoder or step:
             output = model(**inputs, past_key_values=cache, use_cache=True)
             logits, cache = output.logits[:, -1], output.past_key_values
-        tokens = logits.argmax(-1) if draws is None else _draw(logits / temperature, draws[rows, step])
+        # In bfloat16 `max` takes a quarter of the time of `argmax`, for the same places.
+        tokens = logits.max(-1).indices if draws is None else _draw(logits / temperature, draws[rows, step])
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             written[row].append(token)
         unfinished &= torch.isin(tokens, eos, invert=True)

@@ -112,17 +112,30 @@ class CausalAttention(torch.autograd.Function):
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """A decoding step: query (batch, heads, 1, head_dim); returns (batch, 1, heads, head_dim)."""
     batch, heads, _, head_dim = query.shape
-    kv_heads, length = key.shape[1:3]
-    # A part of a buffer would be copied for each product, so the free places are multiplied, too, and cut off.
+    # A part of a buffer would be copied for each product, so its free places are multiplied, too, and hidden.
     keys, values = getattr(key, "buffer", key), getattr(value, "buffer", value)
-    scores = query.view(batch, kv_heads, heads // kv_heads, head_dim) @ keys.transpose(2, 3)
-    scores = scores[..., :length] * scaling
-    if mask is not None:
-        mask = mask[..., :length]  # (batch, 1, 1, length)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = F.pad(weights, (0, values.shape[2] - length))
-    return (weights @ values).view(batch, heads, 1, head_dim).transpose(1, 2)
+    scores = (query * scaling).view(batch, keys.shape[1], -1, head_dim) @ keys.transpose(2, 3)
+    if mask is None:
+        scores[..., key.shape[2] :] = float("-inf")
+    else:
+        scores += _bias(mask, key.shape[2], scores)
+    return (torch.softmax(scores, dim=-1) @ values).view(batch, heads, 1, head_dim).transpose(1, 2)
+
+
+def _bias(mask: Tensor, length: int, scores: Tensor) -> Tensor:
+    """What is added to `scores` (..., places), of which `length` are filled: -inf where nothing is to be seen.
+
+    `mask` (batch, 1, 1, length or more) is boolean or to be added itself. It is one for all layers, and keeps what was made of it.
+    """
+    shape = length, scores.shape[-1]
+    made_for, bias = getattr(mask, "bias", (None, None))
+    if made_for != shape:
+        bias = mask[..., :length]
+        if mask.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=scores.dtype).masked_fill_(~bias, float("-inf"))
+        bias = F.pad(bias, (0, shape[1] - length), value=float("-inf"))
+        mask.bias = shape, bias
+    return bias
 
 
 @contextlib.contextmanager
