@@ -229,10 +229,11 @@ MUTATIONS = [
 ]
 SCORING = [
     ("add_special_tokens=False).input_ids, tokenizer.eos_token_id]", "add_special_tokens=False).input_ids]", "llama"),
-    ("places = (mask.cumsum(1) - 1).clamp(min=0)", "places = torch.arange(ids.shape[1])[None].expand_as(ids)", "gpt2"),
-    ("mask.sum(1)[rows, None] + torch.arange", "0 * mask.sum(1)[rows, None] + torch.arange", "llama"),
-    ("attention_mask=torch.cat([mask[rows], option_mask], 1)", "attention_mask=None", "gpt2"),
-    ("cache.batch_select_indices(rows)", "cache.batch_select_indices(rows.flip(0))", "llama"),
+    ("read.index[torch.tensor(owner", "read.index[0 * torch.tensor(owner", "llama"),
+    ("read.mask.sum(1)[rows, None] +", "0 * read.mask.sum(1)[rows, None] +", "llama"),
+    ("attention_mask=torch.cat([read.mask[rows], option_mask], 1)", "attention_mask=None", "gpt2"),
+    ("select_rows(read.cache, rows)", "select_rows(read.cache, rows.flip(0))", "llama"),
+    ("by_length[part]", "by_length[:len(by_length[part])]", "llama"),
     ("prompts[row][-1], *option[:-1]", "prompts[0][-1], *option[:-1]", "gpt2"),
     ("attention_mask=mask[rows], labels=labels", "attention_mask=None, labels=labels", "t5"),
     ("last_hidden_state=hidden[rows]", "last_hidden_state=hidden[rows.flip(0)]", "t5"),

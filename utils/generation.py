@@ -15,6 +15,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -341,14 +342,21 @@ def _read_batch(
     model: PreTrainedModel, prompts: Sequence[list[int]], pad_token_id: int, prefix: DynamicCache, room: int
 ) -> Read:
     """`prompts`, longest first; those of like length are read together, so that little padding is."""
-    known, groups = prefix.get_seq_length(), []
-    for prompt in prompts:
+    parts = [slice(len(prompts))]
+    if can_join(prefix):
+        parts = like_lengths([len(prompt) - prefix.get_seq_length() for prompt in prompts])
+    return join([read_prompts(model, prompts[part], pad_token_id, prefix=prefix, head=True) for part in parts], room)
+
+
+def like_lengths(lengths: Sequence[int], most: int | None = None) -> list[slice]:
+    """`lengths`, the longest first, in parts of `most` or fewer: the next begins where padding would cost more than a pass of its own."""
+    starts = [0]
+    for i, length in enumerate(lengths):
+        longest = lengths[starts[-1]]
         # What is less than 16 shorter is not worth a pass of its own.
-        length, longest = len(prompt) - known, len(groups[-1][0]) - known if groups else 0
-        if not groups or (can_join(prefix) and length < min(0.8 * longest, longest - 16)):
-            groups.append([])
-        groups[-1].append(prompt)
-    return join([read_prompts(model, group, pad_token_id, prefix=prefix, head=True) for group in groups], room)
+        if length < min(0.8 * longest, longest - 16) or i - starts[-1] == most:
+            starts.append(i)
+    return [slice(*ends) for ends in pairwise([*starts, len(lengths)])]
 
 
 def can_join(cache: DynamicCache) -> bool:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data import InstructionTask
-from utils.generation import base_model, pad_left, pad_right
+from utils.generation import base_model, like_lengths, pad_right, read_prompts, select_rows
 from utils.kernels import fused_lora
 from utils.lab import LabError, progress
 from utils.prompts import encode, encode_example, task_example
@@ -121,8 +121,8 @@ def option_scores(
 ) -> list[np.ndarray]:
     """Log-probability in nats, computed in fp32, of each option as the whole answer: one (options,) array an item.
 
-    The end-of-text token counts: without it *yes* could not lose against *yes and no*. A batch is `batch_size` prompts, each of two
-    tokens or more and read once for all its options. The model is in evaluation mode meanwhile. Raises `LabError` where an
+    The end-of-text token counts: without it *yes* could not lose against *yes and no*. A batch is at most `batch_size` prompts of
+    like length, each of two tokens or more and read once for all its options. The model is in evaluation mode meanwhile. Raises `LabError` where an
     item has no options.
     """
     for item in items:
@@ -142,8 +142,8 @@ def option_scores(
     model.eval()
     try:
         with fused_lora(model), progress(total=len(items), description=description) as bar:
-            for first in range(0, len(items), batch_size):
-                numbers = by_length[first : first + batch_size]
+            for part in like_lengths([len(prompts[i]) for i in by_length], batch_size):
+                numbers = by_length[part]
                 owner = [place for place, i in enumerate(numbers) for _ in options[i]]
                 texts = [option for i in numbers for option in options[i]]
                 found = score(model, tokenizer.pad_token_id, [prompts[i] for i in numbers], owner, texts)
@@ -160,20 +160,15 @@ def _score_decoder(
 ) -> list[float]:
     """Log-probability of each option; number k follows the prompt `owner[k]`."""
     # The last token of a prompt predicts the first of an option, so it is read with the options.
-    ids, mask = pad_left([prompt[:-1] for prompt in prompts], pad, model.device)
-    cache = DynamicCache(config=base_model(model).config)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    body = base_model(model).base_model  # without the head: nothing is predicted here
-    body(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache)
-    rows = torch.tensor(owner, device=model.device)
-    cache.batch_select_indices(rows)
+    read = read_prompts(base_model(model), [prompt[:-1] for prompt in prompts], pad)
+    rows = read.index[torch.tensor(owner, device=model.device)]
     texts = [[prompts[row][-1], *option[:-1]] for row, option in zip(owner, options, strict=True)]
     option_ids, option_mask = pad_right(texts, pad, model.device)
     logits = model(
         input_ids=option_ids,
-        attention_mask=torch.cat([mask[rows], option_mask], 1),
-        position_ids=mask.sum(1)[rows, None] + torch.arange(option_ids.shape[1], device=model.device),
-        past_key_values=cache,
+        attention_mask=torch.cat([read.mask[rows], option_mask], 1),
+        position_ids=read.mask.sum(1)[rows, None] + torch.arange(option_ids.shape[1], device=model.device),
+        past_key_values=select_rows(read.cache, rows),
     ).logits
     return _totals(logits, options)
 
