@@ -45,6 +45,19 @@ def check_clusters(module):
     assert [task.name for task in found["conversation"]] == ["intent", "next_turn", "who_said_it"]
 
 
+def check_shortest(module):
+    task = TASKS["sentiment"]
+    length = {row["id"]: sum(len(row[name]) for name in task.fields) for row in task.rows}
+    found = module.shortest(task, 0.25).rows
+    kept = [row["id"] for row in found if row["split"] == "train"]
+    left = [row["id"] for row in task.rows if row["split"] == "train" and row["id"] not in kept]
+    assert (len(kept), len(left)) == (15, 45)
+    assert max(length[name] for name in kept) <= min(length[name] for name in left)
+    assert [row["id"] for row in found] == [row["id"] for row in task.rows if row["id"] not in left]
+    assert len(module.shortest(task, 1.0).rows) == len(task.rows)
+    assert sum(row["split"] == "train" for row in module.shortest(task, 0.0).rows) == 1
+
+
 def check_rates(module):
     sizes = [2, 3, 40, 200]
     for cap in (1, 3, 25, 40, 1000, float("inf")):
@@ -146,6 +159,7 @@ def check_final_answer(module):
 
 CHECKS = [
     check_clusters,
+    check_shortest,
     check_rates,
     check_counts,
     check_mixture,
@@ -218,6 +232,9 @@ MUTATIONS = [
     ("templates[k % len(templates)]", "templates[0]", check_mixture),
     ("np.random.default_rng(seed)", "np.random.default_rng(0)", check_mixture),
     ("return [items[i] for i in generator.permutation(total)]", "return items", check_mixture),
+    ("by_length[max(1,", "by_length[::-1][max(1,", check_shortest),
+    ('if split == "train"]', "]", check_shortest),
+    ("max(1, round(share * len(train)))", "round(share * len(train))", check_shortest),
     ("order[k % len(pool)]", "order[generator.integers(len(pool))]", check_repeats),
     ("template, reasoning=reasoning)\n    return", "template)\n    return", check_reasoning),
     ("np.argmax(row)", "np.argmin(row)", check_right),

@@ -86,7 +86,7 @@ def largest_gradients(layer: nn.Linear, r: int, **_) -> torch.Tensor:
 
 def _sparse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> ShiraConfig:
     model.requires_grad_(True)
-    label_loss(model, tokenizer, examples[:8]).backward()
+    label_loss(model, tokenizer, examples[:4]).backward()
     config = ShiraConfig(r=8, target_modules=list(linear_layers(model)), task_type=task_type(model))
     config.mask_fn = largest_gradients
     return config

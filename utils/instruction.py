@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ def clusters(tasks: Mapping[str, InstructionTask]) -> dict[str, list[Instruction
     """Cluster to its tasks, both in the order of their names."""
     names = sorted({task.cluster for task in tasks.values()})
     return {name: [tasks[key] for key in sorted(tasks) if tasks[key].cluster == name] for name in names}
+
+
+def shortest(task: InstructionTask, share: float) -> InstructionTask:
+    """`task` with that share of its training rows alone (at least one), those with the shortest texts. Test rows and the order stay."""
+    rows = task.rows
+    train = [i for i, split in enumerate(rows["split"]) if split == "train"]
+    by_length = sorted(train, key=lambda i: sum(len(rows[i][name]) for name in task.fields))
+    dropped = set(by_length[max(1, round(share * len(train))) :])
+    return replace(task, rows=rows.select([i for i in range(len(rows)) if i not in dropped]))
 
 
 def mixing_rates(sizes: Sequence[int], cap: float = float("inf")) -> np.ndarray:
