@@ -531,10 +531,8 @@ class PPOTrainer:
     def _encoder_decoder(self, model: nn.Module, read: Read, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Decoder hidden states and logits, (rows, completion, ...). The first generated token is predicted from the start token."""
         start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
-        seen = []
-        with (
-            base_model(model).get_decoder().register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
-        ):
+        seen, decoder = [], base_model(model).get_decoder()
+        with decoder.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state)):
             output = model(
                 encoder_outputs=BaseModelOutput(read.last[read.index]),
                 attention_mask=read.mask[read.index],
@@ -566,8 +564,10 @@ class PPOTrainer:
                 parameter.requires_grad_(flag)
 
     def save_checkpoint(self, folder: str | os.PathLike) -> Path:
-        """Write all that a resumed run needs, whole or not at all. All processes call it, the main one writes. Raises `PPOError`
-        where it cannot."""
+        """Write all that a resumed run needs, whole or not at all. All processes call it, the main one writes.
+
+        Raises `PPOError` where it cannot.
+        """
         return ppo_run.save_checkpoint(self, Path(folder))
 
     def load_checkpoint(self, folder: str | os.PathLike) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from utils.lab import LabError, one_line, write_atomically
-from utils.ppo_shards import cut_like, gather
+from utils.ppo_shards import cut_like, gather_shards
 
 if TYPE_CHECKING:
     from utils.ppo import PPOTrainer
@@ -264,7 +264,7 @@ def save_checkpoint(trainer: PPOTrainer, folder: Path) -> Path:
     for index, parameter in enumerate(trainer.parameters):
         for name, tensor in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{index}.{name}"] = tensor
-    tensors = gather(tensors, keep=trainer.processes.is_main)
+    tensors = gather_shards(tensors, keep=trainer.processes.is_main)
     if not trainer.processes.is_main:
         return folder
     state = {
