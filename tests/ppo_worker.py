@@ -20,6 +20,7 @@ os.environ["LAB_HEADLESS"] = "1"
 import torch
 from peft import PeftModel, get_peft_model
 from test_ppo import PROMPTS, load
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from utils import kernels
@@ -137,8 +138,7 @@ def processes(models, output):
         shared = trainer.processes.share(list(range(4)))
         history = trainer.train()
         trainer.rollout(PROMPTS)
-        if trainer.processes.is_main and isinstance(trainer.model, PeftModel):
-            trainer.model.save_pretrained(output / f"{name}, saved")
+        save(trainer, output / f"{name}, saved")
         found[name] = {
             "processes": trainer.processes.number,
             "share": len(shared),
@@ -159,6 +159,16 @@ def processes(models, output):
             refusal(lambda: PPOTrainer(resumed.model, count_letters, resumed.tokenizer, PROMPTS, PPOConfig()))
         )
     (output / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+def save(trainer, folder):
+    """The way `utils.ppo_shards` says: an adapter by the main process alone, a whole model's weights put together by all."""
+    state = None
+    if not isinstance(trainer.model, PeftModel):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(trainer.model, options=options)
+    if trainer.processes.is_main:
+        trainer.model.save_pretrained(folder, state_dict=state)
 
 
 def weights(trainer):

@@ -152,14 +152,13 @@ def test_a_run_in_shards_goes_on_in_one_process_and_the_reverse(one_and_two, mod
         same_run(found["resumed"], alone[name])
 
 
-def test_the_main_process_alone_saves_an_adapter(one_and_two):
-    one, two, *_ = one_and_two
-    found, expected = (
-        load_file(folder / "llama, in shards, saved" / "adapter_model.safetensors") for folder in (two, one)
-    )
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("name", ["llama, in shards", "llama, whole, in shards"])
+def test_what_was_in_shards_is_saved_whole(one_and_two, name):
+    file = "model.safetensors" if "whole" in name else "adapter_model.safetensors"
+    one, two = (load_file(folder / f"{name}, saved" / file) for folder in one_and_two[:2])
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_cut_is_refused(one_and_two, models):

@@ -204,7 +204,7 @@ class PPOTrainer:
         self.model, self.reward, self.tokenizer, self.config = model.eval(), reward, tokenizer, config
         self.rows = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
         ppo_run.check_config(config, self.rows)
-        ppo_run.check_model(model)
+        ppo_run.check_model(model, reference)
         self.head_learns = any(p.requires_grad for p in base_model(model).get_output_embeddings().parameters())
         if any("relative_attention_bias" in name for name, p in model.named_parameters() if p.requires_grad):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.

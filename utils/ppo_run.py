@@ -132,14 +132,14 @@ def check_config(config: PPOConfig, rows: Sequence) -> None:
             )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise `LabError` for a model whose log-probabilities or gradients the trainer would get wrong."""
+def check_model(model: nn.Module, reference: nn.Module | None) -> None:
+    """Raise `LabError` for models whose log-probabilities or gradients the trainer would get wrong."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise LabError("No parameter of the model requires gradients: pass a PEFT model or unfreeze the model.")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(isinstance(p, DTensor) for given in (model, reference) if given is not None for p in given.parameters()):
         raise LabError(
-            "The model's weights are cut into shards (FSDP) already: hand over the whole model in each process and set "
-            "PPOConfig(shard=True), which cuts it."
+            "The weights of model or reference are cut into shards (FSDP) already: hand over the whole model in each process "
+            "and set PPOConfig(shard=True), which cuts it."
         )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise LabError(

@@ -7,6 +7,9 @@ embeddings, the last norm and the head (a small share, and the head is used outs
 In an update each pass gathers a block's weights when it comes to the block, so all processes have to make the same passes.
 Sampling takes as many passes as the longest completion has tokens, which differs from process to process: for that time the
 blocks are gathered once (`whole`).
+
+A policy without an adapter is saved by all processes: torch's `get_model_state_dict` with `full_state_dict=True` puts together
+what the main one then gives to `save_pretrained`.
 """
 
 from __future__ import annotations
