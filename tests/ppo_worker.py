@@ -4,6 +4,7 @@
 """
 # ruff: noqa: E402 - the folders to import from are set first
 
+import contextlib
 import hashlib
 import json
 import os
@@ -111,7 +112,12 @@ RUNS = {
     "llama, in shards": {"shard": True, "keep_graphs": 1},
     "t5, in shards": {"shard": True},
     # all weights are trained, prompts begin alike, and some micro-batches have but completions of one token
-    "llama, whole, in shards": {"shard": True, "num_completions": 1, "micro_batch_size": 1, "keep_checkpoints": 2},
+    "llama, all trained, in shards": {
+        "shard": True,
+        "num_completions": 1,
+        "micro_batch_size": 1,
+        "keep_checkpoints": 2,
+    },
     "llama, bfloat16, in shards": {"shard": True},
 }
 
@@ -121,7 +127,7 @@ def run(name, models, output, seed=1, **settings):
     kind, *more = name.split(", ")
     plain = {"steps": 2, "epochs": 2, "learning_rate": 1e-3, "num_completions": 2, "micro_batch_size": 2}
     plain |= {"rollout_batch_size": 4, "minibatch_size": 4} | RUNS[name] | settings
-    if "whole" in more:
+    if "all trained" in more:
         plain |= {"peft": False, "eos": 2.0, "prompts": [PREFIX + prompt for prompt in PROMPTS]}
     if "bfloat16" in more:
         plain |= {"dtype": torch.bfloat16}
@@ -134,9 +140,9 @@ def processes(models, output):
     for name in RUNS:
         # another start in each process, as a user's would be; that of the first holds
         trainer = run(name, models, output / name, seed=1 + rank)
-        held, fused = watch(trainer)
         shared = trainer.processes.share(list(range(4)))
-        history = trainer.train()
+        with watched(trainer) as (held, fused):
+            history = trainer.train()
         trainer.rollout(PROMPTS)
         save(trainer, output / f"{name}, saved")
         found[name] = {
@@ -151,7 +157,7 @@ def processes(models, output):
             ],
         }
     if trainer.processes.number > 1:
-        resumed = run("llama, whole, in shards", models, None)
+        resumed = run("llama, all trained, in shards", models, None)
         resumed.train(resume_from=output / "from one")
         found["resumed"] = {"history": resumed.history, "weights": weights(resumed)}
         found["refused"] = [refusal(lambda: run("t5, in shards", models, None, micro_batch_size=4))]
@@ -202,8 +208,9 @@ def at_rest(trainer):
     return [numbers(trainer.model), reference, means]
 
 
-def watch(trainer):
-    """What the process holds of the policy each time its last block has computed, by phase, and the weights fused LoRA met."""
+@contextlib.contextmanager
+def watched(trainer):
+    """What the process holds of the policy each time its last block computes, by phase, and the weights that fused LoRA meets."""
     held, fused = {"rollout": set(), "update": set()}, set()
     phase, update, product = ["rollout"], trainer.update, kernels._product
 
@@ -222,7 +229,8 @@ def watch(trainer):
 
     blocks(trainer.model)[-1].register_forward_pre_hook(look)
     trainer.update, kernels._product = learn, seen
-    return held, fused
+    yield held, fused
+    trainer.update, kernels._product = update, product
 
 
 def refusal(make):
