@@ -105,33 +105,40 @@ def kills(models, output):
     (output / "kills.json").write_text(json.dumps(runs))
 
 
-PREFIX = "the cat sat on the mat and a dog ran to the big red house and the blue river "
+BEGIN_ALIKE = [
+    "the cat sat on the mat and a dog ran to the big red house and the blue river " + text for text in PROMPTS
+]
 RUNS = {
     "llama": {},
     "t5": {},
-    "llama, in shards": {"shard": True, "keep_graphs": 1},
+    # what the two prompts of a micro-batch begin with is read once
+    "llama, in shards": {
+        "shard": True,
+        "keep_graphs": 1,
+        "prompts": BEGIN_ALIKE,
+        "minibatch_size": 8,
+        "micro_batch_size": 4,
+    },
     "t5, in shards": {"shard": True},
-    # all weights are trained, prompts begin alike, and some micro-batches have but completions of one token
+    # in some micro-batches no completion is longer than one token
     "llama, all trained, in shards": {
         "shard": True,
+        "peft": False,
+        "eos": 2.0,
         "num_completions": 1,
         "micro_batch_size": 1,
         "keep_checkpoints": 2,
     },
-    "llama, bfloat16, in shards": {"shard": True},
+    "llama, bfloat16, in shards": {"shard": True, "dtype": torch.bfloat16},
 }
 
 
 def run(name, models, output, seed=1, **settings):
     """The trainer of one of `RUNS`, alike in one process and in several."""
-    kind, *more = name.split(", ")
+    kind = name.split(", ")[0]
     plain = {"steps": 2, "epochs": 2, "learning_rate": 1e-3, "num_completions": 2, "micro_batch_size": 2}
-    plain |= {"rollout_batch_size": 4, "minibatch_size": 4} | RUNS[name] | settings
-    if "all trained" in more:
-        plain |= {"peft": False, "eos": 2.0, "prompts": [PREFIX + prompt for prompt in PROMPTS]}
-    if "bfloat16" in more:
-        plain |= {"dtype": torch.bfloat16}
-    return trainer_for(models / kind, output, seed, **plain)
+    plain |= {"rollout_batch_size": 4, "minibatch_size": 4} | RUNS[name]
+    return trainer_for(models / kind, output, seed, **plain | settings)
 
 
 def processes(models, output):
