@@ -683,26 +683,16 @@ def test_the_metrics_have_trl_s_names_and_units(tiny):
 
 
 def test_tensorboard_gets_every_number_and_is_asked_for_where_it_is_missing(llama, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model, tokenizer = llama
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "tensorboard")
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def flush(self):
-            pass
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     settings = dict(report_to="tensorboard", output_dir=str(tmp_path))
     history = make_trainer(copy.deepcopy(model), tokenizer, **settings).train()
-    assert written == [(name, value, i) for i, row in enumerate(history, 1) for name, value in row.items()]
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(written.Tags()["scalars"]) == set(METRICS)
+    for name in METRICS:
+        found = [(event.step, event.value) for event in written.Scalars(name)]
+        assert found == [(i, pytest.approx(row[name], rel=1e-6)) for i, row in enumerate(history, 1)]  # kept in float32
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(LabError, match="pip install tensorboard"):
         make_trainer(copy.deepcopy(model), tokenizer, **settings)

@@ -10,7 +10,13 @@ import sys
 
 import ppo_worker
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file
+from test_ppo import load
+
+from utils.lab import LabError
+from utils.ppo_shards import shard
 
 WORKER = ROOT / "tests" / "ppo_worker.py"
 
@@ -77,29 +83,94 @@ def test_a_run_killed_at_any_moment_comes_to_the_same_end(models, tmp_path):
     assert sum(bool(run["checkpoints"]) for run in runs) >= 3
 
 
-@pytest.mark.skipif(not has_loopback(), reason="torchrun's processes meet on 127.0.0.1, which cannot be reached here")
-def test_two_processes_make_the_same_updates_as_one(models, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def one_and_two(models, tmp_path_factory):
+    """The runs of `ppo_worker.RUNS` in one process and in two: their folders, and what each process has written."""
+    if not has_loopback():
+        pytest.skip("torchrun's processes meet on 127.0.0.1, which cannot be reached here")
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     ppo_worker.processes(models, one)
+    shutil.copytree(one / "llama, all trained, in shards" / "step-1", two / "from one")
     result = two_processes(WORKER, "processes", models, two)
     assert result.returncode == 0, result.stderr[-3000:]
-    alone = json.loads((one / "rank-0.json").read_text())
-    ranks = [json.loads((two / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    for kind in ("llama", "t5"):
-        assert [found[kind]["processes"] for found in (alone, *ranks)] == [1, 2, 2]
-        assert [found[kind]["share"] for found in (alone, *ranks)] == [4, 2, 2]
-        assert ranks[0][kind]["weights"] == ranks[1][kind]["weights"]  # to the bit: the same sum for both
-        assert ranks[0][kind]["history"][0]["objective/kl"] == 0.0
-        for row, expected in zip(ranks[0][kind]["history"], alone[kind]["history"], strict=True):
-            row, expected = ({k: v for k, v in r.items() if not k.startswith("seconds")} for r in (row, expected))
-            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        for weights, expected in zip(ranks[0][kind]["weights"], alone[kind]["weights"], strict=True):
-            assert weights == pytest.approx(expected, abs=1e-4)
-        # one process writes, and it writes what the one alone does
-        kept = [sorted(path.name for path in (folder / kind).iterdir()) for folder in (one, two)]
-        assert kept[0] == kept[1] == ["metrics.csv", "step-2"]
+    return one, two, *(json.loads(path.read_text()) for path in (one / "rank-0.json", *sorted(two.glob("rank-*.json"))))
+
+
+def same_run(found, expected):
+    """Whether metrics and final weights are the same, but for rounding."""
+    for row, wanted in zip(found["history"], expected["history"], strict=True):
+        row, wanted = ({k: v for k, v in r.items() if not k.startswith("seconds")} for r in (row, wanted))
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    for weights, wanted in zip(found["weights"], expected["weights"], strict=True):
+        assert weights == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ppo_worker.RUNS)
+def test_two_processes_make_the_same_updates_as_one(one_and_two, name):
+    *folders, alone, first, second = one_and_two
+    assert [found[name]["processes"] for found in (alone, first, second)] == [1, 2, 2]
+    assert [found[name]["share"] for found in (alone, first, second)] == [4, 2, 2]
+    assert first[name]["weights"] == second[name]["weights"]  # to the bit: the same sum for both
+    assert first[name]["history"][0]["objective/kl"] == 0.0
+    same_run(first[name], alone[name])
+    assert first[name]["written"] == second[name]["written"] == alone[name]["written"]
+    # one process writes, and it writes what the one alone does
+    kept = [sorted(path.name for path in (folder / name).iterdir()) for folder in folders]
+    assert kept[0] == kept[1] == ["metrics.csv", *(["step-1"] if "all trained" in name else []), "step-2"]
+
+
+@pytest.mark.parametrize("name", [name for name in ppo_worker.RUNS if "in shards" in name])
+def test_each_process_holds_its_shard_and_the_rest_only_when_it_is_used(one_and_two, name):
+    *_, alone, first, second = one_and_two
+    whole = alone[name]["held"]
+    for held in (first[name]["held"], second[name]["held"]):
+        policy, reference, means = held["at rest"]
+        assert [2 * policy, 2 * reference] == whole["at rest"][:2]
+        if "all trained" in name:  # embeddings, last norm and both heads are in each process
+            rest = whole["at rest"][2] - 2 * policy
+            assert means == policy + rest
+        else:
+            assert means == whole["at rest"][2]
+        assert held["rollout"] == whole["rollout"] == [2 * policy]
+        assert held["update"]
+        assert all(policy < count < 2 * policy for count in held["update"])
+
+
+def test_fused_lora_meets_whole_weights_where_they_are_in_shards(one_and_two):
+    *_, alone, first, second = one_and_two
+    for found in (alone, first, second):
+        assert found["llama, bfloat16, in shards"]["fused"] == ["Parameter"]
+
+
+def test_a_run_in_shards_goes_on_in_one_process_and_the_reverse(one_and_two, models):
+    _, two, alone, first, second = one_and_two
+    name = "llama, all trained, in shards"
+    trainer = ppo_worker.run(name, models, None, shard=False)
+    history = trainer.train(resume_from=two / name / "step-1")
+    same_run({"history": history, "weights": ppo_worker.weights(trainer)}, first[name])
+    for found in (first, second):
+        same_run(found["resumed"], alone[name])
+
+
+@pytest.mark.parametrize("name", ["llama, in shards", "llama, all trained, in shards"])
+def test_what_was_in_shards_is_saved_whole(one_and_two, name):
+    file = "model.safetensors" if "all trained" in name else "adapter_model.safetensors"
+    one, two = (load_file(folder / f"{name}, saved" / file) for folder in one_and_two[:2])
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_cut_is_refused(one_and_two, models):
+    *_, first, second = one_and_two
+    for uneven, cut in (first["refused"], second["refused"]):
+        assert "minibatch_size=4 in parts of micro_batch_size=4" in uneven
+        assert "makes 1 micro-batches, and 2 processes need a multiple of 2" in uneven
+        assert "hand over the whole model in each process and set PPOConfig(shard=True)" in cut
+    model, _ = load(models / "llama")
+    model._no_split_modules = None
+    with pytest.raises(LabError, match="LlamaForCausalLM does not say which of its modules are blocks"):
+        shard(model, 2)
 
 
 def test_the_module_is_a_command(monkeypatch, capsys):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.helpers import DoraCaching
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -96,6 +97,7 @@ def packed_weights(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     layers = []
     if model.device.type == "cpu" and choose_dtype(model.device) == torch.bfloat16:
         layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
+        layers = [layer for layer in layers if not isinstance(layer.weight, DTensor)]  # a shard, which is not all of it
         layers = [layer for layer in layers if "forward" not in vars(layer)]  # somebody else has put one there
     try:
         for layer in layers:

@@ -171,6 +171,7 @@ def quiet_libraries() -> None:
         "Position ids are not supported",  # PEFT, of learned prompts, in front of which it counts on its own
         "Sparse invariant checks",  # torch, of the sparse changes that PEFT builds itself
         "`torch.jit.script",  # torch about itself, at an import
+        "FSDP2-wrapped module",  # torch, of outputs that are views, which nobody here changes in place
     ):
         warnings.filterwarnings("ignore", message=message)
     import datasets

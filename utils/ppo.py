@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils import generation, ppo_run
+from utils import generation, ppo_run, ppo_shards
 from utils.generation import Completion, Read, base_model, pad_right
 from utils.kernels import fused_lora, token_logprobs
 from utils.lab import progress
@@ -188,8 +188,8 @@ class PPOTrainer:
         on (an SFT adapter that was kept, called "reference" if there are several), or with none (an SFT adapter that was merged).
 
     `train` repeats the three public steps: `rollout` samples and scores under both models, `score` asks the reward,
-    `update` learns. Started by `torchrun`, each process holds the whole model, samples and learns from its share of a step, and
-    the gradients are added up; weights cut into shards (FSDP) are refused.
+    `update` learns. Started by `torchrun`, each process samples and learns from its share of a step, and the gradients are
+    added up. Each is handed the whole model, and keeps it, or with `PPOConfig.shard` one shard of it.
     """
 
     def __init__(
@@ -204,25 +204,32 @@ class PPOTrainer:
         self.model, self.reward, self.tokenizer, self.config = model.eval(), reward, tokenizer, config
         self.rows = [row if isinstance(row, dict) else {"prompt": row} for row in prompts]
         ppo_run.check_config(config, self.rows)
-        ppo_run.check_model(model)
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        ppo_run.check_model(model, reference)
         self.head_learns = any(p.requires_grad for p in base_model(model).get_output_embeddings().parameters())
-        if any("relative_attention_bias" in name for name in self.trainable):
+        if any("relative_attention_bias" in name for name, p in model.named_parameters() if p.requires_grad):
             # Fused attention takes another path, rounding otherwise, where T5's position bias is being trained.
             model.set_attn_implementation("eager")
+        self.processes = ppo_run.Processes(model.device)
+        self.processes.start_alike([p for p in model.parameters() if p.requires_grad])
         shared = reference is None and isinstance(model, PeftModel)
         self.reference_adapter = ppo_run.frozen_adapter(model) if shared else None
         if reference is None and not shared:
             reference = copy.deepcopy(model)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
+        self.in_shards = config.shard and self.processes.number > 1
+        if self.in_shards:
+            ppo_shards.check_passes(config, self.processes.number)
+            ppo_shards.shard(model, self.processes.number)
+            if reference is not None:
+                ppo_shards.shard(reference, self.processes.number)
         width = model.config.get_text_config(decoder=True).hidden_size
         self.value_head = nn.Linear(width, 1, device=model.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = [*self.trainable.values(), *self.value_head.parameters()]
-        self.processes = ppo_run.Processes(model.device)
-        self.processes.start_alike(self.parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
+        groups = [{"params": parameters} for parameters in ppo_shards.alike(self.parameters)]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
         self.kl_controller = FixedKLController(config.kl_coef)
         if config.kl_target is not None:
             self.kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -253,8 +260,7 @@ class PPOTrainer:
                     self.step += 1
                     bar.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.2f}")
                     bar.update(1)
-                    if main:
-                        ppo_run.keep_step(self)
+                    ppo_run.keep_step(self)
                     if main and on_step is not None:
                         on_step(self.history)
         except KeyboardInterrupt:
@@ -278,7 +284,7 @@ class PPOTrainer:
         prompt_ids = [encode(self.tokenizer, prompt) for prompt in prompts]
         # What is drawn follows from one seed, whichever process draws it.
         random = torch.Generator().manual_seed(self.processes.from_main(int(torch.randint(2**40, ()))))
-        rollout = Rollout(prompts, columns, prompt_ids, self._minibatches(prompt_ids, random), [])
+        rollout = Rollout(prompts, columns, prompt_ids, ppo_run.minibatches(self.config, prompt_ids, random), [])
         draws = torch.rand(len(rows), self.config.max_new_tokens, generator=random)
         mine = [batch for minibatch in rollout.micro_batches for batch in self.processes.share(minibatch)]
         rollout.completions = [None] * len(rows)
@@ -286,9 +292,10 @@ class PPOTrainer:
         size, found = 1, []
         if mine and generation.can_join(DynamicCache(config=base_model(self.model).config)):
             size = max(1, self.config.rollout_batch_size // len(mine[0]))
-        for first in range(0, len(mine), size):
-            found += self._sample_and_score(rollout, mine[first : first + size], draws)
-        with self._reference_model() as reference:
+        with ppo_shards.whole(self.model):
+            for first in range(0, len(mine), size):
+                found += self._sample_and_score(rollout, mine[first : first + size], draws)
+        with self._reference_model() as reference, ppo_shards.whole(reference):
             references = [self._forward(reference, rollout, batch)[0] for batch in mine]
         for row, completion in self.processes.gather([(row, rollout.completions[row]) for row in chain(*mine)]):
             rollout.completions[row] = completion
@@ -384,7 +391,7 @@ class PPOTrainer:
         left = 1 - self.step / self.config.steps if self.config.lr_scheduler_type == "linear" else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * left
-        begin, rollout = time.perf_counter(), self.rollout(self._next_rows())
+        begin, rollout = time.perf_counter(), self.rollout(ppo_run.rows_of_step(self.config, self.rows, self.step))
         sampled, _ = time.perf_counter(), self.score(rollout)
         scored, metrics = time.perf_counter(), self.update(rollout)
         seconds = sampled - begin, scored - sampled, time.perf_counter() - scored
@@ -444,7 +451,7 @@ class PPOTrainer:
 
     def _optimizer_step(self) -> float:
         self.processes.sum_gradients(self.parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = ppo_shards.clip_gradients(self.parameters, self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise PPOError(
                 f"Step {self.step}: the gradient's norm is {norm}: lower learning_rate (now {self.config.learning_rate}). "
@@ -459,9 +466,11 @@ class PPOTrainer:
 
     def _read(self, model: nn.Module, rollout: Rollout, rows: list[int]) -> Read:
         """The prompts of `rows`, each read once for all its completions that follow each other."""
-        prompts = [rollout.prompt_ids[i] for i in rows]
+        prompts, base = [rollout.prompt_ids[i] for i in rows], base_model(model)
+        # Of what all prompts begin with only keys and values are used, and a pass without a result asks for no shards again.
+        prefix = DynamicCache(config=base.config) if self.in_shards else None
         with self._precision(model):
-            return generation.read_prompts(base_model(model), prompts, self.tokenizer.pad_token_id)
+            return generation.read_prompts(base, prompts, self.tokenizer.pad_token_id, prefix=prefix)
 
     def _forward(
         self, model: nn.Module, rollout: Rollout, rows: list[int], read: Read | None = None
@@ -479,7 +488,7 @@ class PPOTrainer:
             if model.config.is_encoder_decoder:
                 hidden, logits = (tensor[mask] for tensor in self._encoder_decoder(model, read, targets))
             else:
-                hidden = self._decoder_only(model, read, completions)[mask]
+                hidden = self._decoder_only(model, read, completions)[:, : mask.shape[1]][mask]
                 logits = None if type(head) is nn.Linear else head(hidden)
         if logits is None and head.bias is None and not self.head_learns:
             chosen, entropy = token_logprobs(hidden, head.weight, targets[mask], self.config.temperature)
@@ -500,16 +509,17 @@ class PPOTrainer:
             yield
 
     def _decoder_only(self, model: nn.Module, read: Read, completions: list[list[int]]) -> Tensor:
-        """Hidden states (rows, completion, hidden) from which each completion token is predicted.
+        """Hidden states (rows, completion or longer, hidden) from which each completion token is predicted.
 
         A prompt's keys and values serve all its completions. These are padded on the right and all begin in the same column;
         position ids count real tokens.
         """
         trunk, last, prompt_mask = base_model(model).base_model, read.last[read.index], read.mask[read.index]
-        # the last token of a completion predicts nothing
-        answers, answer_mask = pad_right([ids[:-1] for ids in completions], self.tokenizer.pad_token_id, model.device)
-        if answers.shape[1] == 0:
+        if self.config.max_new_tokens == 1:
             return last
+        # The last token of a completion predicts nothing. If it is the only one, it is read, so that all make as many passes.
+        answers = [ids[:-1] or ids for ids in completions]
+        answers, answer_mask = pad_right(answers, self.tokenizer.pad_token_id, model.device)
         hidden = trunk(
             input_ids=answers,
             attention_mask=torch.cat([prompt_mask, answer_mask], 1),
@@ -521,14 +531,15 @@ class PPOTrainer:
     def _encoder_decoder(self, model: nn.Module, read: Read, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Decoder hidden states and logits, (rows, completion, ...). The first generated token is predicted from the start token."""
         start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)
-        output = model(
-            encoder_outputs=BaseModelOutput(read.last[read.index]),
-            attention_mask=read.mask[read.index],
-            decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return output.decoder_hidden_states[-1], output.logits
+        seen, decoder = [], base_model(model).get_decoder()
+        with decoder.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state)):
+            output = model(
+                encoder_outputs=BaseModelOutput(read.last[read.index]),
+                attention_mask=read.mask[read.index],
+                decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
+                use_cache=False,
+            )
+        return seen[0], output.logits
 
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
@@ -552,32 +563,11 @@ class PPOTrainer:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-    # --- batches ---
-
-    def _next_rows(self) -> list[dict[str, Any]]:
-        """The prompts of this step: passes over all prompts, each in its own order, that follow from the seed alone."""
-        first = self.step * self.config.batch_size
-        rows = []
-        for position in range(first, first + self.config.batch_size):
-            epoch, index = divmod(position, len(self.rows))
-            generator = torch.Generator().manual_seed(self.config.seed * 7919 + epoch)
-            rows.append(self.rows[torch.randperm(len(self.rows), generator=generator)[index]])
-        return rows
-
-    def _minibatches(self, prompt_ids: list[list[int]], random: torch.Generator) -> list[list[list[int]]]:
-        """Random minibatches, each cut into micro-batches of like length. Completions of one prompt stay together."""
-        group = self.config.num_completions
-        size, micro = self.config.minibatch_size // group, max(1, self.config.micro_batch_size // group)
-        order = torch.randperm(len(prompt_ids) // group, generator=random).tolist()
-        minibatches = []
-        for start in range(0, len(order), size):
-            prompts = sorted(order[start : start + size], key=lambda p: len(prompt_ids[p * group]))
-            rows = [[p * group + k for k in range(group)] for p in prompts]
-            minibatches.append([[*chain(*rows[i : i + micro])] for i in range(0, len(rows), micro)])
-        return minibatches
-
     def save_checkpoint(self, folder: str | os.PathLike) -> Path:
-        """Write all that a resumed run needs, whole or not at all. Raises `PPOError` where it cannot."""
+        """Write all that a resumed run needs, whole or not at all. All processes call it, the main one writes.
+
+        Raises `PPOError` where it cannot.
+        """
         return ppo_run.save_checkpoint(self, Path(folder))
 
     def load_checkpoint(self, folder: str | os.PathLike) -> None:

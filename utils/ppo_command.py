@@ -144,6 +144,7 @@ def _train(parameters: dict[str, Any], reward_folder: Path, output: Path, option
         minibatch_size=parameters["PPO_MINIBATCH_SIZE"],
         micro_batch_size=options.micro_batch_size,
         keep_graphs=options.keep_graphs,
+        shard=options.shard,
         epochs=parameters["PPO_EPOCHS"],
         learning_rate=parameters["PPO_LEARNING_RATE"],
         lr_scheduler_type="constant",
@@ -168,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m utils.ppo",
         description="Train a policy with PPO on week 3's task, from week 3's parameters.",
-        epilog="Several processes: torchrun --nproc-per-node 2 -m utils.ppo ... Each holds the whole model.",
+        epilog="Several processes: torchrun --nproc-per-node 2 -m utils.ppo ... Each keeps the whole model, or with --shard a "
+        "part of it.",
     )
     parser.add_argument("--profile", default="embedded", help="a file of labs/profiles, without .yaml (default: embedded)")  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder for all that is written (default: build/<profile>/ppo)")
@@ -183,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "a minibatch's (default: 8)")  # fmt: skip
     parser.add_argument("--keep-graphs", type=int, default=0, help="micro-batches whose scoring pass the update goes on from: "
                         "sooner done, for the memory of their activations (default: 0)")  # fmt: skip
+    parser.add_argument("--shard", action="store_true", help="several processes keep the model's blocks in shards, one each, and "
+                        "gather them when they are used")  # fmt: skip
     parser.add_argument("--report-to", choices=["tensorboard"], help="write the metrics for TensorBoard as well")
     parser.add_argument("--only-reward", action="store_true", help="train the reward and stop")
     options = parser.parse_args(arguments)

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from utils.lab import LabError, one_line, write_atomically
+from utils.ppo_shards import cut_like, gather_shards
 
 if TYPE_CHECKING:
     from utils.ppo import PPOTrainer
 
-KEEPING = {"output_dir", "save_steps", "keep_checkpoints", "report_to"}  # settings that change no weight
+KEEPING = {"output_dir", "save_steps", "keep_checkpoints", "report_to", "shard"}  # settings that change no weight
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "do_sample": True, "num_beams": 1}
 
 
@@ -58,6 +60,10 @@ class PPOConfig:
     update: the same numbers, sooner, for the memory of their activations. `generation_kwargs` is for scripts that hand over
     settings of transformers' `generate`: those that leave the policy's distribution alone change nothing here either, any
     other is refused.
+
+    With `shard` several processes keep the weights of the model's blocks, their gradients and their optimizer's state in shards,
+    one for each process (`utils.ppo_shards`); a minibatch's micro-batches must be a multiple of the processes. With one
+    process it changes nothing, and a checkpoint of either kind goes on as the other.
 
     With `output_dir` a checkpoint is written there every `save_steps` steps (the last `keep_checkpoints` are kept) and
     the metrics to `metrics.csv`; `report_to="tensorboard"` writes them for TensorBoard as well.
@@ -89,6 +95,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     max_kl: float = 1000.0
     keep_graphs: int = 0
+    shard: bool = False
     generation_kwargs: dict[str, Any] | None = None
     output_dir: str | None = None
     save_steps: int = 1
@@ -125,12 +132,15 @@ def check_config(config: PPOConfig, rows: Sequence) -> None:
             )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise `LabError` for a model whose log-probabilities or gradients the trainer would get wrong."""
+def check_model(model: nn.Module, reference: nn.Module | None) -> None:
+    """Raise `LabError` for models whose log-probabilities or gradients the trainer would get wrong."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise LabError("No parameter of the model requires gradients: pass a PEFT model or unfreeze the model.")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise LabError("The model's weights are cut into shards (FSDP): each process needs the whole model.")
+    if any(isinstance(p, DTensor) for given in (model, reference) if given is not None for p in given.parameters()):
+        raise LabError(
+            "The weights of model or reference are cut into shards (FSDP) already: hand over the whole model in each process "
+            "and set PPOConfig(shard=True), which cuts it."
+        )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise LabError(
             "The adapter is a learned prompt, which is not part of the weights: use LoRA or another one that is."
@@ -181,9 +191,13 @@ class Processes:
         return reduce(tensor.to(self.device), "sum").cpu() if self.number > 1 else tensor
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Add up the gradients, which are shares of one mean already. A process that had no work has none."""
+        """Add up the gradients, which are shares of one mean already. A process that had no work has none.
+
+        Those of weights in shards were added up in the backward pass.
+        """
         if self.number == 1:
             return
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = self.sum(torch.cat([grad.flatten() for grad in grads])).to(self.device)
         for parameter, grad in zip(parameters, total.split([g.numel() for g in grads]), strict=True):
@@ -213,15 +227,46 @@ def tensorboard_writer(config: PPOConfig) -> Any:
     return SummaryWriter(os.path.join(config.output_dir, "tensorboard"))
 
 
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+def rows_of_step(config: PPOConfig, rows: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The prompts of a step: passes over all `rows`, each in its own order, that follow from the seed alone."""
+    first, found = step * config.batch_size, []
+    for position in range(first, first + config.batch_size):
+        epoch, index = divmod(position, len(rows))
+        generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
+        found.append(rows[torch.randperm(len(rows), generator=generator)[index]])
+    return found
+
+
+def minibatches(config: PPOConfig, prompt_ids: list[list[int]], generator: torch.Generator) -> list[list[list[int]]]:
+    """Random minibatches, each cut into micro-batches of like length. Completions of one prompt stay together."""
+    group = config.num_completions
+    size, micro = config.minibatch_size // group, max(1, config.micro_batch_size // group)
+    order = torch.randperm(len(prompt_ids) // group, generator=generator).tolist()
+    found = []
+    for start in range(0, len(order), size):
+        prompts = sorted(order[start : start + size], key=lambda p: len(prompt_ids[p * group]))
+        rows = [[p * group + k for k in range(group)] for p in prompts]
+        found.append([[*chain(*rows[i : i + micro])] for i in range(0, len(rows), micro)])
+    return found
+
+
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(trainer: PPOTrainer, folder: Path) -> Path:
     """Trainable weights, value head, optimizer, coefficient, moments, random numbers, metrics, and the step, from which the
-    place in the data and the learning rate follow. Raises `PPOError` where that cannot be written."""
+    place in the data and the learning rate follow. All processes call it, since what is in shards is put together; the main one
+    writes. Raises `PPOError` where that cannot be written."""
     tensors = dict(_weights(trainer))
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    for index, parameter in enumerate(trainer.parameters):
+        for name, tensor in trainer.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{index}.{name}"] = tensor
+    tensors = gather_shards(tensors, keep=trainer.processes.is_main)
+    if not trainer.processes.is_main:
+        return folder
     state = {
         "run": _run(trainer),
         "step": trainer.step,
@@ -252,13 +297,15 @@ def load_checkpoint(trainer: PPOTrainer, folder: Path) -> None:
         raise PPOError(f"{folder} is a checkpoint of another run, which differs in {'; '.join(differ)}.")
     with torch.no_grad():
         for name, parameter in _weights(trainer).items():
-            parameter.copy_(tensors[name])
-    saved: dict[int, dict[str, Tensor]] = {}
+            parameter.copy_(cut_like(parameter, tensors[name]))
+    trainer.optimizer.state.clear()
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, field = name.split(".", 2)
-            saved.setdefault(int(index), {})[field] = tensor
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": saved})
+            parameter = trainer.parameters[int(index)]
+            # all but the number of steps belongs to a number each
+            value = tensor if field == "step" else cut_like(parameter, tensor)
+            trainer.optimizer.state[parameter][field] = value
     trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
     trainer.step, trainer.optimizer_steps = state["step"], state["optimizer_steps"]
     trainer.kl_controller.value, trainer.history = state["kl_coef"], state["history"]
@@ -320,7 +367,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> N
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         new, old = partial / "new", partial / "old"
         new.mkdir()
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if folder.exists():
             folder.rename(old)
@@ -397,13 +444,19 @@ class RunningMoments:
 
 
 def keep_step(trainer: PPOTrainer) -> None:
-    """Write what is kept of the step just made: a checkpoint where one is due, the table, TensorBoard's file."""
-    config, last = trainer.config, trainer.history[-1]
+    """Write what is kept of the step just made: a checkpoint where one is due, the table, TensorBoard's file.
+
+    All processes call it, the main one writes.
+    """
+    config, last, is_main = trainer.config, trainer.history[-1], trainer.processes.is_main
     if config.output_dir is None:
         return
     if trainer.step % config.save_steps == 0 or trainer.step == config.steps:
         newest = save_checkpoint(trainer, Path(config.output_dir) / f"step-{trainer.step}")
-        _remove_older(newest, config.keep_checkpoints)
+        if is_main:
+            _remove_older(newest, config.keep_checkpoints)
+    if not is_main:
+        return
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(["step", *last])
