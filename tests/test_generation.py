@@ -574,3 +574,15 @@ def test_a_model_with_an_adapter_generates_with_it(lively):
     with adapted.disable_adapter():
         assert [completion.token_ids for completion in write(adapted, tokenizer)] == before
     assert model.generation_config is own
+
+
+def test_parts_of_like_lengths_are_cut_where_padding_costs_more_and_where_they_are_full():
+    lengths = [100, 85, 80, 79, 63, 30, 20, 14, 13]
+
+    def parts(*most):
+        return [lengths[part] for part in generation.like_lengths(lengths, *most)]
+
+    # Cut below four fifths of the longest, and only where 16 or more are saved.
+    assert parts() == [[100, 85, 80], [79, 63], [30, 20, 14], [13]]
+    assert parts(2) == [[100, 85], [80, 79], [63], [30, 20], [14, 13]]
+    assert generation.like_lengths([], 2) == []

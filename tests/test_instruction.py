@@ -179,6 +179,10 @@ def test_option_scores_are_those_of_one_pass(tiny):
     check_scores(instruction, *tiny)
 
 
+def test_nothing_asked_is_nothing_scored(tiny):
+    assert instruction.option_scores(*tiny, []) == []
+
+
 def test_under_peft_and_with_a_zero_adapter_scores_stay(tiny):
     from peft import get_peft_model
 

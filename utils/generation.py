@@ -352,7 +352,7 @@ def _read_batch(
 
 def like_lengths(lengths: Sequence[int], most: int | None = None) -> list[slice]:
     """`lengths`, the longest first, in parts of `most` or fewer: the next begins where padding would cost more than a pass of its own."""
-    starts = [0]
+    starts = [0] if lengths else []
     for i, length in enumerate(lengths):
         longest = lengths[starts[-1]]
         # What is less than 16 shorter is not worth a pass of its own.

@@ -131,8 +131,8 @@ def option_scores(
     """Log-probability in nats, computed in fp32, of each option as the whole answer: one (options,) array an item.
 
     The end-of-text token counts: without it *yes* could not lose against *yes and no*. A batch is at most `batch_size` prompts of
-    like length, each of two tokens or more and read once for all its options. The model is in evaluation mode meanwhile. Raises `LabError` where an
-    item has no options.
+    like length, each of two tokens or more and read once for all its options. The model is in evaluation mode meanwhile.
+    Raises `LabError` where an item has no options.
     """
     for item in items:
         if not item.options:
